@@ -1,0 +1,131 @@
+// Package configs is the typed configuration of a cluster: one file,
+// cluster.yaml, that `krgimage init` writes and every other command reads.
+//
+// Reading goes in four steps, each with its own kind of error: decode (strict,
+// errors carry file:line:column), defaults (every field that was left out),
+// validation (all findings at once, each with the field and what to do), and
+// derivation (addresses and ids that follow from others, see Nodes).
+//
+// The package knows nothing of how the values are used and imports nothing of
+// this module.
+package configs
+
+import (
+	"net"
+	"net/netip"
+	"time"
+)
+
+// MaxNodeID is the highest node id: Kerrighed's id space with automatic ids is
+// 0..255, because an automatic id is the last byte of an IPv4 address.
+const MaxNodeID = 255
+
+// Cluster is the whole of cluster.yaml.
+type Cluster struct {
+	Name      string    `yaml:"name" json:"name" jsonschema:"description=Name of the cluster: a DNS label. It is the domain of the nodes and the container's host name prefix."`
+	SessionID int       `yaml:"session_id" json:"session_id" jsonschema:"description=Kerrighed session id (1..9999). Clusters with different ids on one link ignore each other."`
+	Debian    Debian    `yaml:"debian" json:"debian"`
+	Kernel    Kernel    `yaml:"kernel" json:"kernel"`
+	Initramfs Initramfs `yaml:"initramfs" json:"initramfs"`
+	Network   Network   `yaml:"network" json:"network"`
+	Boot      Boot      `yaml:"boot" json:"boot"`
+	Nodes     Nodes     `yaml:"nodes" json:"nodes"`
+	Users     []User    `yaml:"users" json:"users" jsonschema:"description=Accounts of the container besides root. Each gets a home directory on the shared root."`
+	SSH       SSH       `yaml:"ssh" json:"ssh"`
+	Trial     Trial     `yaml:"trial" json:"trial"`
+}
+
+// Debian says which Debian the shared root is made of.
+type Debian struct {
+	Suite      string   `yaml:"suite" json:"suite" jsonschema:"description=Debian suite of the root and the kernel."`
+	Mirror     string   `yaml:"mirror" json:"mirror" jsonschema:"description=Package mirror (http or https URL)."`
+	Security   string   `yaml:"security_mirror" json:"security_mirror" jsonschema:"description=Mirror of the security updates; an empty string leaves them out."`
+	Components []string `yaml:"components" json:"components" jsonschema:"description=Archive components."`
+	Packages   []string `yaml:"packages" json:"packages" jsonschema:"description=Packages to install besides the base set."`
+}
+
+// Kernel chooses the signed Debian kernel and its command line.
+type Kernel struct {
+	Flavour string   `yaml:"flavour" json:"flavour" jsonschema:"description=Flavour of the signed kernel: the package is linux-image-FLAVOUR.,enum=amd64,enum=cloud-amd64,enum=rt-amd64"`
+	Args    []string `yaml:"args" json:"args" jsonschema:"description=Arguments added to the kernel command line of every node."`
+}
+
+// Initramfs says what stage 1 carries.
+type Initramfs struct {
+	Modules     []string `yaml:"modules" json:"modules" jsonschema:"description=Kernel modules to carry besides the built-in list of network drivers and file systems; dependencies and firmware follow."`
+	Firmware    []string `yaml:"firmware" json:"firmware" jsonschema:"description=Debian firmware packages (from non-free-firmware) to look in for the files that the carried modules name."`
+	RescueShell bool     `yaml:"rescue_shell" json:"rescue_shell" jsonschema:"description=Offer a root shell on a node's own console when it can't boot. The console is the machine's keyboard or serial line: never the network."`
+}
+
+// Network is the boot network: one IPv4 subnet with the head node in it.
+type Network struct {
+	Interface string         `yaml:"interface" json:"interface" jsonschema:"description=The head node's network interface for 'krgimage serve'. Empty: the one that holds the head address."`
+	Subnet    netip.Prefix   `yaml:"subnet" json:"subnet" jsonschema:"type=string,description=IPv4 subnet of the nodes. By default node N has the address SUBNET+N\\, so that Kerrighed's automatic ids and the table agree."`
+	Head      netip.Addr     `yaml:"head" json:"head" jsonschema:"type=string,description=Address of the head node in the subnet. Empty: the subnet's last usable address."`
+	Gateway   netip.Addr     `yaml:"gateway" json:"gateway" jsonschema:"type=string,description=Default router handed to the nodes. Empty: none."`
+	DNS       []netip.Addr   `yaml:"dns" json:"dns" jsonschema:"description=Name servers handed to the nodes."`
+	HTTPPort  int            `yaml:"http_port" json:"http_port" jsonschema:"description=TCP port of the boot files and the node interface."`
+	NFSPort   int            `yaml:"nfs_port" json:"nfs_port" jsonschema:"description=TCP port of NFS and MOUNT."`
+	Lease     Duration       `yaml:"lease" json:"lease" jsonschema:"type=string,description=DHCP lease time."`
+}
+
+// Boot tunes the PXE chain.
+type Boot struct {
+	BIOS  string `yaml:"bios" json:"bios" jsonschema:"description=Loader for BIOS clients: ipxe (kernel by HTTP) or pxelinux (the classic way: kernel by TFTP).,enum=ipxe,enum=pxelinux"`
+	Chain string `yaml:"chain" json:"chain" jsonschema:"description=auto: a firmware that is an iPXE with HTTP gets the boot script at once. always: every firmware loads our iPXE by TFTP first (for boards with a broken built-in iPXE).,enum=auto,enum=always"`
+}
+
+// Nodes is the node table and the policy for machines that are not in it.
+type Nodes struct {
+	Unknown string   `yaml:"unknown" json:"unknown" jsonschema:"description=What to do with a MAC that is not in the table: discover (give it the lowest free id and keep it) or refuse.,enum=discover,enum=refuse"`
+	IDs     []string `yaml:"discover_ids" json:"discover_ids" jsonschema:"description=Node ids that discovery may hand out: a list of N or N-M."`
+	Table   []Node   `yaml:"table" json:"table" jsonschema:"description=Known machines."`
+}
+
+// Node is one row of the node table. Only MAC and ID are needed.
+type Node struct {
+	MAC      MAC        `yaml:"mac" json:"mac" jsonschema:"type=string,description=Ethernet address of the interface that boots."`
+	ID       int        `yaml:"id" json:"id" jsonschema:"description=Kerrighed node id 0..255."`
+	Hostname string     `yaml:"hostname,omitempty" json:"hostname,omitempty" jsonschema:"description=Host name; default: NAME-ID."`
+	Address  netip.Addr `yaml:"address,omitempty" json:"address,omitzero" jsonschema:"type=string,description=IPv4 address in the subnet; default: SUBNET+ID."`
+}
+
+// User is an account of the container.
+type User struct {
+	Name  string   `yaml:"name" json:"name" jsonschema:"description=Login name."`
+	UID   int      `yaml:"uid" json:"uid" jsonschema:"description=Numeric user id and group id (1000..59999)."`
+	Shell string   `yaml:"shell,omitempty" json:"shell,omitempty" jsonschema:"description=Login shell; default: /bin/bash."`
+	Keys  []string `yaml:"keys,omitempty" json:"keys,omitempty" jsonschema:"description=Public keys of this user besides ssh.keys."`
+}
+
+// SSH says who gets in.
+type SSH struct {
+	Keys          []string `yaml:"keys" json:"keys" jsonschema:"description=Public keys (authorized_keys lines) that may log in as root and as every user."`
+	PasswordLogin bool     `yaml:"password_login" json:"password_login" jsonschema:"description=Let users log in with a password. Root never can."`
+}
+
+// Trial sizes the QEMU nodes of `krgimage trial`.
+type Trial struct {
+	Nodes  int  `yaml:"nodes" json:"nodes" jsonschema:"description=Number of QEMU nodes."`
+	Memory Size `yaml:"memory" json:"memory" jsonschema:"type=string,description=Memory of a node\\, for example 512MiB."`
+	CPUs   int  `yaml:"cpus" json:"cpus" jsonschema:"description=Virtual CPUs of a node."`
+}
+
+// Duration is a time.Duration written as "12h" or "90s".
+type Duration time.Duration
+
+// Size is a number of bytes written as "512MiB" or "1GiB".
+type Size int64
+
+// MAC is an Ethernet address, lower case with colons when printed.
+type MAC string
+
+// HardwareAddr returns the address's six bytes; a MAC that passed validation
+// always has them.
+func (m MAC) HardwareAddr() net.HardwareAddr {
+	hw, err := net.ParseMAC(string(m))
+	if err != nil {
+		return nil
+	}
+	return hw
+}
