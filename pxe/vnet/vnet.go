@@ -28,6 +28,8 @@ import (
 	"sync"
 
 	"golang.org/x/sync/errgroup"
+
+	"krgimage/pxe/ra"
 )
 
 // Config describes a network. Only Head is needed.
@@ -45,11 +47,7 @@ type Config struct {
 	Capture io.Writer
 	// Queue is the length of a port's output queue in frames; default 4096.
 	Queue int
-	// Solicited builds the answer to an IPv6 router solicitation: given a
-	// frame it returns the frame to send back, or nil when this one is not a
-	// solicitation. Used by RouterAdvertisements.
-	Solicited func(frame []byte, router net.HardwareAddr) []byte
-	Log       *slog.Logger
+	Log   *slog.Logger
 }
 
 // Network is a switch with the head node on it. Make one with New, plug guests
@@ -97,7 +95,7 @@ func New(cfg Config) (*Network, error) {
 		}
 	}
 	var err error
-	if n.dir, n.ownDir, err = socketDir(cfg.Dir); err != nil {
+	if n.dir, n.ownDir, err = SocketDir(cfg.Dir); err != nil {
 		return nil, fmt.Errorf("virtual network: directory of the port sockets: %w", err)
 	}
 	port, err := n.Attach("head")
@@ -173,10 +171,6 @@ func (n *Network) Plug(name string) (string, error) {
 // advertisement until ctx ends. Without an answer iPXE waits some 13 s after
 // DHCP for a router that will never speak.
 func (n *Network) RouterAdvertisements(ctx context.Context) error {
-	if n.cfg.Solicited == nil {
-		<-ctx.Done()
-		return nil
-	}
 	port, err := n.Attach("router")
 	if err != nil {
 		return err
@@ -187,7 +181,7 @@ func (n *Network) RouterAdvertisements(ctx context.Context) error {
 		if err != nil {
 			return nil
 		}
-		if answer := n.cfg.Solicited(frame, n.cfg.MAC); answer != nil {
+		if answer := ra.Reply(frame, n.cfg.MAC); answer != nil {
 			// Sent by the head's own port: the switch must not learn that the
 			// head lives on this one.
 			n.head.port.Send(answer)
@@ -218,9 +212,10 @@ func (n *Network) removeDir() {
 // with the terminating zero (unix(7)).
 const maxSocketPath = 107
 
-// socketDir returns dir when the socket of a port with an ordinary name fits
-// into it, otherwise a new private directory with a short path.
-func socketDir(dir string) (path string, own bool, err error) {
+// SocketDir returns dir when a socket with an ordinary name fits into it,
+// otherwise a new private directory with a short path; own says that the caller
+// has to remove it.
+func SocketDir(dir string) (path string, own bool, err error) {
 	const nameRoom = len("/node255.console.sock")
 	if dir != "" {
 		if dir, err = filepath.Abs(dir); err != nil {
