@@ -29,7 +29,8 @@ import (
 type Source interface {
 	// Base writes BaseFile, the Debian root without kernel.
 	Base(ctx context.Context, dst string, step *progress.Step) ([]Package, error)
-	// Kernel writes KernelFile, ModulesFile and the tree lib/modules/RELEASE.
+	// Kernel writes KernelFile, ModulesFile and, for the initramfs, the modules
+	// with depmod's indexes below ModulesTree.
 	Kernel(ctx context.Context, dst string, step *progress.Step) (Kernel, []Package, error)
 	// Firmware unpacks firmware packages: dst stands for /lib/firmware.
 	Firmware(ctx context.Context, dst string, step *progress.Step) ([]Package, error)
@@ -43,6 +44,10 @@ type Source interface {
 // Loaders are the boot loaders of LoaderDir: iPXE for BIOS and UEFI, and the
 // classic pxelinux.
 var Loaders = []string{"undionly.kpxe", "snponly.efi", "pxelinux.0", "ldlinux.c32"}
+
+// ModulesTree is where Source.Kernel leaves the unpacked modules: a directory
+// named by the kernel's release.
+const ModulesTree = "tree/root/usr/lib/modules"
 
 // Parts are the names that BuildOptions.Rebuild takes, in build order.
 var Parts = []string{"packages", "kernel", "firmware", "loaders", "init", "modules", "rescue", "overlay"}
@@ -155,7 +160,7 @@ func Build(ctx context.Context, o BuildOptions) (*Image, error) {
 	}
 	modules, err := w.get(ctx, part{"modules", "Drivers and firmware", []any{kernel.digests(), firmware.digests(), initramfs.DefaultModules, c.Initramfs.Modules, o.Version},
 		func(ctx context.Context, dir string, step *progress.Step) (string, error) {
-			src := initramfs.Source{Modules: kernel.path("lib/modules/" + release.Release), Firmware: firmware.path(firmwareTree)}
+			src := initramfs.Source{Modules: kernel.path(path.Join(ModulesTree, release.Release)), Firmware: firmware.path(firmwareTree)}
 			var sel initramfs.Selection
 			made := member(func(w io.Writer) (detail string, err error) {
 				sel, err = initramfs.Modules(w, src, c.Initramfs.Modules)

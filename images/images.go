@@ -33,7 +33,6 @@ import (
 	"time"
 
 	"krgimage/initramfs"
-	"krgimage/nfsroot/debian"
 )
 
 // DefaultEpoch is the time stamp of everything in an image when
@@ -185,5 +184,12 @@ func describe(dir, name string) (Artefact, error) {
 
 func currentLink(state string) string { return filepath.Join(state, "image", "current") }
 
-// Package is a Debian package that went into an image.
-type Package = debian.Package
+// Package is a Debian package that went into an image. SHA256 is that of the
+// package file; it's empty for those of the root, whose files are in the digest
+// of BaseFile.
+type Package struct {
+	Name    string `json:"name"`
+	Version string `json:"version"`
+	Arch    string `json:"arch"`
+	SHA256  string `json:"sha256,omitempty"`
+}

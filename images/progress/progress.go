@@ -19,6 +19,8 @@ type Reporter struct {
 	style Style
 	now   func() time.Time
 	live  bool // a live line is on the terminal; guarded by mu
+
+	parent *Step // of a relay; guarded by mu
 }
 
 // Style says how a Reporter shows progress.
@@ -29,6 +31,7 @@ const (
 	Terminal              // one live line, replaced in place
 	JSON                  // one object per event
 	Quiet                 // nothing
+	relay                 // see NewRelay
 )
 
 // New returns a reporter that writes to out.
@@ -38,6 +41,18 @@ func New(out io.Writer, style Style) *Reporter {
 
 // Discard is a reporter that shows nothing.
 func Discard() *Reporter { return New(io.Discard, Quiet) }
+
+// NewRelay returns a reporter for work inside another step: what its steps are
+// at shows as the detail of the step last given to Into, and they have no lines
+// of their own.
+func NewRelay() *Reporter { return New(io.Discard, relay) }
+
+// Into says which step shows a relay's reports.
+func (r *Reporter) Into(s *Step) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.parent = s
+}
 
 // Step is one piece of work under way. Finish it with Done or Fail.
 type Step struct {
@@ -113,6 +128,14 @@ func (s *Step) emit(event string) {
 	r := s.r
 	took := r.now().Sub(s.start).Seconds()
 	switch r.style {
+	case relay:
+		if r.parent != nil && event != "fail" {
+			detail := s.name
+			if s.detail != "" {
+				detail += ": " + s.detail
+			}
+			r.parent.update(func() { r.parent.current, r.parent.total, r.parent.detail = s.current, s.total, detail })
+		}
 	case JSON:
 		line, _ := json.Marshal(Event{event, s.name, took, s.current, s.total, s.detail})
 		fmt.Fprintf(r.out, "%s\n", line)
