@@ -1,20 +1,17 @@
 // Package configs is the typed configuration of a cluster: one file,
 // cluster.yaml, that `krgimage init` writes and every other command reads.
 //
-// Reading goes in four steps, each with its own kind of error: decode (strict,
-// errors carry file:line:column), defaults (every field that was left out),
-// validation (all findings at once, each with the field and what to do), and
-// derivation (addresses and ids that follow from others, see Nodes).
+// Reading goes in four steps: the YAML tree is decoded over the defaults
+// (strictly: unknown and repeated fields are errors), then the fields that
+// follow from others are derived (addresses, ids, host names), then everything
+// is validated. All findings of all steps are reported at once, each with
+// file:line:column, the field and what to do.
 //
 // The package knows nothing of how the values are used and imports nothing of
 // this module.
 package configs
 
-import (
-	"net"
-	"net/netip"
-	"time"
-)
+import "net/netip"
 
 // MaxNodeID is the highest node id: Kerrighed's id space with automatic ids is
 // 0..255, because an automatic id is the last byte of an IPv4 address.
@@ -23,7 +20,7 @@ const MaxNodeID = 255
 // Cluster is the whole of cluster.yaml.
 type Cluster struct {
 	Name      string    `yaml:"name" json:"name" jsonschema:"description=Name of the cluster: a DNS label. It is the domain of the nodes and the container's host name prefix."`
-	SessionID int       `yaml:"session_id" json:"session_id" jsonschema:"description=Kerrighed session id (1..9999). Clusters with different ids on one link ignore each other."`
+	SessionID int       `yaml:"session_id" json:"session_id" jsonschema:"minimum=1,maximum=9999,description=Kerrighed session id (1..9999). Clusters with different ids on one link ignore each other."`
 	Debian    Debian    `yaml:"debian" json:"debian"`
 	Kernel    Kernel    `yaml:"kernel" json:"kernel"`
 	Initramfs Initramfs `yaml:"initramfs" json:"initramfs"`
@@ -40,7 +37,7 @@ type Debian struct {
 	Suite      string   `yaml:"suite" json:"suite" jsonschema:"description=Debian suite of the root and the kernel."`
 	Mirror     string   `yaml:"mirror" json:"mirror" jsonschema:"description=Package mirror (http or https URL)."`
 	Security   string   `yaml:"security_mirror" json:"security_mirror" jsonschema:"description=Mirror of the security updates; an empty string leaves them out."`
-	Components []string `yaml:"components" json:"components" jsonschema:"description=Archive components."`
+	Components []string `yaml:"components" json:"components" jsonschema:"enum=main,enum=contrib,enum=non-free,enum=non-free-firmware,description=Archive components."`
 	Packages   []string `yaml:"packages" json:"packages" jsonschema:"description=Packages to install besides the base set."`
 }
 
@@ -59,14 +56,14 @@ type Initramfs struct {
 
 // Network is the boot network: one IPv4 subnet with the head node in it.
 type Network struct {
-	Interface string         `yaml:"interface" json:"interface" jsonschema:"description=The head node's network interface for 'krgimage serve'. Empty: the one that holds the head address."`
-	Subnet    netip.Prefix   `yaml:"subnet" json:"subnet" jsonschema:"type=string,description=IPv4 subnet of the nodes. By default node N has the address SUBNET+N\\, so that Kerrighed's automatic ids and the table agree."`
-	Head      netip.Addr     `yaml:"head" json:"head" jsonschema:"type=string,description=Address of the head node in the subnet. Empty: the subnet's last usable address."`
-	Gateway   netip.Addr     `yaml:"gateway" json:"gateway" jsonschema:"type=string,description=Default router handed to the nodes. Empty: none."`
-	DNS       []netip.Addr   `yaml:"dns" json:"dns" jsonschema:"description=Name servers handed to the nodes."`
-	HTTPPort  int            `yaml:"http_port" json:"http_port" jsonschema:"description=TCP port of the boot files and the node interface."`
-	NFSPort   int            `yaml:"nfs_port" json:"nfs_port" jsonschema:"description=TCP port of NFS and MOUNT."`
-	Lease     Duration       `yaml:"lease" json:"lease" jsonschema:"type=string,description=DHCP lease time."`
+	Interface string       `yaml:"interface" json:"interface" jsonschema:"description=The head node's network interface for 'krgimage serve'. Empty: the one that holds the head address."`
+	Subnet    netip.Prefix `yaml:"subnet" json:"subnet" jsonschema:"description=IPv4 subnet of the nodes. By default node N has the address SUBNET+N\\, so that Kerrighed's automatic ids and the table agree."`
+	Head      netip.Addr   `yaml:"head" json:"head" jsonschema:"description=Address of the head node in the subnet. Empty: the subnet's last usable address."`
+	Gateway   netip.Addr   `yaml:"gateway" json:"gateway" jsonschema:"description=Default router handed to the nodes. Empty: none."`
+	DNS       []netip.Addr `yaml:"dns" json:"dns" jsonschema:"description=Name servers handed to the nodes."`
+	HTTPPort  int          `yaml:"http_port" json:"http_port" jsonschema:"minimum=1,maximum=65535,description=TCP port of the boot files and the node interface."`
+	NFSPort   int          `yaml:"nfs_port" json:"nfs_port" jsonschema:"minimum=1,maximum=65535,description=TCP port of NFS and MOUNT."`
+	Lease     Duration     `yaml:"lease" json:"lease" jsonschema:"description=DHCP lease time."`
 }
 
 // Boot tunes the PXE chain.
@@ -78,24 +75,24 @@ type Boot struct {
 // Nodes is the node table and the policy for machines that are not in it.
 type Nodes struct {
 	Unknown string   `yaml:"unknown" json:"unknown" jsonschema:"description=What to do with a MAC that is not in the table: discover (give it the lowest free id and keep it) or refuse.,enum=discover,enum=refuse"`
-	IDs     []string `yaml:"discover_ids" json:"discover_ids" jsonschema:"description=Node ids that discovery may hand out: a list of N or N-M."`
+	IDs     []string `yaml:"discover_ids" json:"discover_ids" jsonschema:"description=Node ids that discovery may hand out: a list of N or N-M. Default: every id whose address is free."`
 	Table   []Node   `yaml:"table" json:"table" jsonschema:"description=Known machines."`
 }
 
 // Node is one row of the node table. Only MAC and ID are needed.
 type Node struct {
-	MAC      MAC        `yaml:"mac" json:"mac" jsonschema:"type=string,description=Ethernet address of the interface that boots."`
-	ID       int        `yaml:"id" json:"id" jsonschema:"description=Kerrighed node id 0..255."`
-	Hostname string     `yaml:"hostname,omitempty" json:"hostname,omitempty" jsonschema:"description=Host name; default: NAME-ID."`
-	Address  netip.Addr `yaml:"address,omitempty" json:"address,omitzero" jsonschema:"type=string,description=IPv4 address in the subnet; default: SUBNET+ID."`
+	MAC      MAC        `yaml:"mac" json:"mac" jsonschema:"required,example=52:54:00:4b:52:01,description=Ethernet address of the interface that boots."`
+	ID       int        `yaml:"id" json:"id" jsonschema:"required,minimum=0,maximum=255,example=1,description=Kerrighed node id 0..255."`
+	Hostname string     `yaml:"hostname" json:"hostname" jsonschema:"description=Host name; default: NAME-ID."`
+	Address  netip.Addr `yaml:"address" json:"address" jsonschema:"description=IPv4 address in the subnet; default: SUBNET+ID."`
 }
 
 // User is an account of the container.
 type User struct {
-	Name  string   `yaml:"name" json:"name" jsonschema:"description=Login name."`
-	UID   int      `yaml:"uid" json:"uid" jsonschema:"description=Numeric user id and group id (1000..59999)."`
-	Shell string   `yaml:"shell,omitempty" json:"shell,omitempty" jsonschema:"description=Login shell; default: /bin/bash."`
-	Keys  []string `yaml:"keys,omitempty" json:"keys,omitempty" jsonschema:"description=Public keys of this user besides ssh.keys."`
+	Name  string   `yaml:"name" json:"name" jsonschema:"required,example=alice,description=Login name."`
+	UID   int      `yaml:"uid" json:"uid" jsonschema:"required,minimum=1000,maximum=59999,example=1001,description=Numeric user id and group id (1000..59999)."`
+	Shell string   `yaml:"shell" json:"shell" jsonschema:"description=Login shell; default: /bin/bash."`
+	Keys  []string `yaml:"keys" json:"keys" jsonschema:"description=Public keys of this user besides ssh.keys."`
 }
 
 // SSH says who gets in.
@@ -106,26 +103,7 @@ type SSH struct {
 
 // Trial sizes the QEMU nodes of `krgimage trial`.
 type Trial struct {
-	Nodes  int  `yaml:"nodes" json:"nodes" jsonschema:"description=Number of QEMU nodes."`
-	Memory Size `yaml:"memory" json:"memory" jsonschema:"type=string,description=Memory of a node\\, for example 512MiB."`
-	CPUs   int  `yaml:"cpus" json:"cpus" jsonschema:"description=Virtual CPUs of a node."`
-}
-
-// Duration is a time.Duration written as "12h" or "90s".
-type Duration time.Duration
-
-// Size is a number of bytes written as "512MiB" or "1GiB".
-type Size int64
-
-// MAC is an Ethernet address, lower case with colons when printed.
-type MAC string
-
-// HardwareAddr returns the address's six bytes; a MAC that passed validation
-// always has them.
-func (m MAC) HardwareAddr() net.HardwareAddr {
-	hw, err := net.ParseMAC(string(m))
-	if err != nil {
-		return nil
-	}
-	return hw
+	Nodes  int  `yaml:"nodes" json:"nodes" jsonschema:"minimum=1,maximum=64,description=Number of QEMU nodes."`
+	Memory Size `yaml:"memory" json:"memory" jsonschema:"description=Memory of a node\\, for example 512MiB."`
+	CPUs   int  `yaml:"cpus" json:"cpus" jsonschema:"minimum=1,maximum=255,description=Virtual CPUs of a node."`
 }

@@ -1,13 +1,16 @@
 package configs
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 )
 
-// Default returns the configuration of an empty cluster.yaml: every field has
-// the value that `krgimage config show` prints for it.
+// Default returns the configuration of an empty cluster.yaml before the fields
+// that follow from others are filled in; Parse("", nil) has those too.
 func Default() Cluster {
 	return Cluster{
 		Name:      "krg",
@@ -45,7 +48,7 @@ func Default() Cluster {
 
 // derive fills the fields whose default follows from another field.
 func (c *Cluster) derive() {
-	if !c.Network.Head.IsValid() && c.Network.Subnet.IsValid() && c.Network.Subnet.Addr().Is4() {
+	if !c.Network.Head.IsValid() && c.hasSubnet() {
 		c.Network.Head = lastUsable(c.Network.Subnet)
 	}
 	for i := range c.Nodes.Table {
@@ -57,11 +60,79 @@ func (c *Cluster) derive() {
 			n.Address, _ = c.Address(n.ID)
 		}
 	}
+	if c.Nodes.IDs == nil {
+		c.Nodes.IDs = c.freeIDs()
+	}
 	for i := range c.Users {
-		if c.Users[i].Shell == "" {
-			c.Users[i].Shell = "/bin/bash"
+		u := &c.Users[i]
+		if u.Shell == "" {
+			u.Shell = "/bin/bash"
+		}
+		if u.Keys == nil {
+			u.Keys = []string{}
+		}
+		tidyKeys(u.Keys)
+	}
+	tidyKeys(c.SSH.Keys)
+}
+
+// tidyKeys takes off the newline that a YAML block text ends with and turns
+// tabs into spaces.
+func tidyKeys(keys []string) {
+	for i := range keys {
+		keys[i] = strings.TrimSpace(strings.ReplaceAll(keys[i], "\t", " "))
+	}
+}
+
+// hasSubnet reports whether addresses can be computed at all.
+func (c *Cluster) hasSubnet() bool {
+	return c.Network.Subnet.IsValid() && c.Network.Subnet.Addr().Is4()
+}
+
+// freeIDs are the ranges of ids whose address is a host address of the subnet
+// and nobody else's.
+func (c *Cluster) freeIDs() []string {
+	ranges, first := []string{}, -1
+	for id := 0; id <= MaxNodeID+1; id++ {
+		_, taken := c.addressOwner(id)
+		if id <= MaxNodeID && !taken {
+			if first < 0 {
+				first = id
+			}
+			continue
+		}
+		if first >= 0 {
+			ranges = append(ranges, formatRange(first, id-1))
+		}
+		first = -1
+	}
+	return ranges
+}
+
+// addressOwner says what keeps discovery from giving node id its address: that
+// there is none, or whose it is already.
+func (c *Cluster) addressOwner(id int) (owner string, taken bool) {
+	a, err := c.Address(id)
+	switch {
+	case err != nil:
+		return "outside the subnet", true
+	case a == c.Network.Subnet.Masked().Addr():
+		return "the network address", true
+	case a == broadcast(c.Network.Subnet):
+		return "the broadcast address", true
+	case a == c.Network.Head:
+		return "network.head", true
+	case a == c.Network.Gateway:
+		return "network.gateway", true
+	case slices.Contains(c.Network.DNS, a):
+		return "in network.dns", true
+	}
+	for i, n := range c.Nodes.Table {
+		if n.Address == a && n.ID != id {
+			return fmt.Sprintf("that of nodes.table[%d], node %d", i, n.ID), true
 		}
 	}
+	return "", false
 }
 
 // Hostname is the default host name of node id, for example "krg-3".
@@ -70,27 +141,32 @@ func (c *Cluster) Hostname(id int) string { return fmt.Sprintf("%s-%d", c.Name, 
 // Address is the default address of node id: the subnet's address plus the id.
 // It fails when that leaves the subnet.
 func (c *Cluster) Address(id int) (netip.Addr, error) {
-	if !c.Network.Subnet.IsValid() || !c.Network.Subnet.Addr().Is4() {
+	if !c.hasSubnet() {
 		return netip.Addr{}, fmt.Errorf("network.subnet is not an IPv4 subnet")
 	}
 	a := add4(c.Network.Subnet.Masked().Addr(), uint32(id))
-	if id < 0 || !c.Network.Subnet.Contains(a) {
+	if id < 0 || id > MaxNodeID || !c.Network.Subnet.Contains(a) {
 		return netip.Addr{}, fmt.Errorf("node id %d has no address in %s", id, c.Network.Subnet)
 	}
 	return a, nil
 }
 
+// lastUsable is the address before the broadcast address, or the last one of a
+// subnet too small to have one.
 func lastUsable(p netip.Prefix) netip.Addr {
-	hosts := uint32(1)<<(32-p.Bits()) - 1
 	if p.Bits() >= 31 {
-		return add4(p.Masked().Addr(), hosts)
+		return broadcast(p)
 	}
-	return add4(p.Masked().Addr(), hosts-1)
+	return broadcast(p).Prev()
+}
+
+// broadcast is the last address of p.
+func broadcast(p netip.Prefix) netip.Addr {
+	return add4(p.Masked().Addr(), uint32(1)<<(32-p.Bits())-1)
 }
 
 func add4(a netip.Addr, n uint32) netip.Addr {
 	b := a.As4()
-	v := uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8 | uint32(b[3])
-	v += n
-	return netip.AddrFrom4([4]byte{byte(v >> 24), byte(v >> 16), byte(v >> 8), byte(v)})
+	binary.BigEndian.PutUint32(b[:], binary.BigEndian.Uint32(b[:])+n)
+	return netip.AddrFrom4(b)
 }
