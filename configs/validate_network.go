@@ -188,6 +188,9 @@ func (k *checker) hostname(field string, n Node) {
 	if n.Hostname == "localhost" {
 		k.bad(field, "localhost is every machine's own name", "for example "+k.c.Hostname(n.ID))
 	}
+	if n.Hostname == k.c.Name+"-head" {
+		k.bad(field, n.Hostname+" is the head node's name", "for example "+k.c.Hostname(n.ID))
+	}
 	for id := 0; id <= MaxNodeID; id++ {
 		if id != n.ID && n.Hostname == k.c.Hostname(id) {
 			k.bad(field, fmt.Sprintf("%s is the default name of node %d, this is node %d", n.Hostname, id, n.ID), "choose a name that doesn't read as another node's")
