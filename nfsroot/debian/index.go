@@ -143,9 +143,13 @@ func (idx *index) check(name string, components []string) error {
 
 // unknown says that there is no such package, and what may have been meant.
 func (idx *index) unknown(name string) error {
-	near, best := "", 3
+	near, best := "", 2+len(name)/4
 	for candidate := range idx.byName {
-		if d := distance(name, candidate, best); d < best || d == best && d < 3 && candidate < near {
+		if name == "" || candidate[0] != name[0] {
+			continue // people rarely get the first letter wrong
+		}
+		d := distance(name, candidate, best+1)
+		if d < best || d == best && near != "" && candidate < near {
 			near, best = candidate, d
 		}
 	}

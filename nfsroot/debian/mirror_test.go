@@ -153,8 +153,8 @@ func TestKernelAndDownloads(t *testing.T) {
 
 func TestNoSuchPackage(t *testing.T) {
 	repo := needMirror(t)
-	_, err := repo.Bootstrap(t.Context(), BootstrapOptions{Packages: []string{"hto"}}, filepath.Join(t.TempDir(), "out"))
-	if err == nil || !strings.Contains(err.Error(), "htop") {
+	_, err := repo.Bootstrap(t.Context(), BootstrapOptions{Packages: []string{"psmics"}}, filepath.Join(t.TempDir(), "out"))
+	if err == nil || !strings.Contains(err.Error(), "psmisc") {
 		t.Errorf("%v", err)
 	}
 }
