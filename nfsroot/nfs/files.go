@@ -21,10 +21,11 @@ const (
 // file is a file of an export that requests are working on or that is cached.
 // There is at most one for a kernel handle, so its locks order the requests.
 type file struct {
-	srv *Server
-	x   *export
-	h   kernelHandle
-	k   atomic.Uint32 // kind; 0 until known
+	srv  *Server
+	x    *export
+	h    kernelHandle
+	k    atomic.Uint32 // kind; 0 until known
+	dead atomic.Bool   // seen without a name
 
 	// guarded by fileCache.mu
 	refs int
@@ -142,36 +143,24 @@ func (f *file) release() {
 	c.mu.Lock()
 	f.refs--
 	f.used = time.Now()
-	last := f.refs == 0
-	if last && f.elem != nil && !f.isOpen() {
+	if f.elem != nil && (f.dead.Load() || f.refs == 0 && !f.isOpen()) {
 		c.remove(f)
 	}
-	gone := last && f.elem == nil
+	gone := f.refs == 0 && f.elem == nil
 	c.mu.Unlock()
 	if gone {
 		f.closeAll()
 	}
 }
 
-// forget drops a file from the cache when its last name is gone: an open
+// forget drops a file from the cache if its last name is gone: an open
 // descriptor would keep its disk space. Requests that hold it finish with it.
 func (c *fileCache) forget(x *export, h kernelHandle) {
-	c.mu.Lock()
-	f := c.files[fileKey{x, h}]
-	if f != nil {
-		f.refs++
+	if f := c.cached(x, h); f != nil {
+		var st unix.Stat_t
+		f.stat(&st) // notices
+		f.release()
 	}
-	c.mu.Unlock()
-	if f == nil {
-		return
-	}
-	var st unix.Stat_t
-	if f.stat(&st) != nil || st.Nlink == 0 || f.kind() == kindDir {
-		c.mu.Lock()
-		c.remove(f)
-		c.mu.Unlock()
-	}
-	f.release()
 }
 
 // sweep closes what has been idle for too long. Files removed on the host,
@@ -352,6 +341,9 @@ func (f *file) stat(st *unix.Stat_t) error {
 	}
 	if f.k.Load() == 0 {
 		f.k.Store(uint32(kindOf(st.Mode)))
+	}
+	if st.Nlink == 0 {
+		f.dead.Store(true)
 	}
 	return nil
 }
