@@ -118,7 +118,7 @@ func (s *DebianSource) Firmware(ctx context.Context, dst string, step *progress.
 	}
 	for _, dir := range []string{"usr/lib/firmware", "lib/firmware"} {
 		if from := filepath.Join(tmp, dir); isDir(from) {
-			return list, os.Rename(from, dst)
+			return list, errors.Join(os.Remove(dst), os.Rename(from, dst))
 		}
 	}
 	return nil, fmt.Errorf("the packages %s have no firmware in them", strings.Join(s.cluster.Initramfs.Firmware, " "))

@@ -1,0 +1,172 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/google/renameio/v2"
+
+	"krgimage/configs"
+	"krgimage/images"
+	"krgimage/images/progress"
+	"krgimage/nfsroot/live"
+	"krgimage/nfsroot/nfs"
+	"krgimage/pxe/head"
+)
+
+// headNode is a head node ready to run: its image is checked, its shared root
+// is there, its NFS server is open.
+type headNode struct {
+	*head.Head
+	root  live.Root
+	close []func()
+}
+
+// Close gives back what the head node holds.
+func (h *headNode) Close() {
+	for i := len(h.close) - 1; i >= 0; i-- {
+		h.close[i]()
+	}
+}
+
+// openHead checks the current image, brings the shared root up to it, and makes
+// the head node that serves both. Only one head serves a state directory.
+func (a *app) openHead(ctx context.Context, c configs.Cluster, command string, network head.Network, force bool, report *progress.Reporter) (_ *headNode, err error) {
+	if os.Geteuid() != 0 {
+		return nil, fmt.Errorf("'krgimage %s' must run as root: the shared root has files of root and of every user, and NFS finds files by handle", command)
+	}
+	state, err := a.state()
+	if err != nil {
+		return nil, err
+	}
+	h := &headNode{}
+	defer func() {
+		if err != nil {
+			h.Close()
+		}
+	}()
+	unlock, err := images.Lock(filepath.Join(state, "head", "lock"), command)
+	if err != nil {
+		return nil, err
+	}
+	h.close = append(h.close, unlock)
+
+	im, err := a.checkedImage(state, report)
+	if err != nil {
+		return nil, err
+	}
+	if h.root, err = a.syncRoot(ctx, c, state, im, report); err != nil {
+		return nil, err
+	}
+	key, err := nfs.LoadKey(filepath.Join(state, "head", "nfs.key"))
+	if err != nil {
+		return nil, err
+	}
+	// The registry is made by the head, and the head wants the NFS server.
+	var registry func(netip.Addr) bool
+	server, err := nfs.New(nfs.Config{
+		Exports:   []nfs.Export{{Path: "/", Dir: h.root.Dir}},
+		HandleKey: key,
+		Log:       a.logger(),
+		Allow:     func(addr netip.Addr) bool { return registry(addr) },
+	})
+	if err != nil {
+		return nil, err
+	}
+	h.close = append(h.close, func() { server.Close() })
+	h.Head, err = head.New(head.Config{
+		Cluster: c, NFS: server, StateDir: state, Network: network, Force: force, Log: a.logger(),
+		Image: head.Image{Kernel: im.Path(images.KernelFile), Initramfs: im.Path(images.InitramfsFile), LoaderDir: im.Path(images.LoaderDir)},
+	})
+	if err != nil {
+		return nil, err
+	}
+	registry = func(addr netip.Addr) bool {
+		_, known := h.Nodes().ByAddress(addr)
+		return known
+	}
+	return h, nil
+}
+
+// checkedImage opens the current image and compares it with its manifest, so
+// that a truncated file is found here and not by a node that can't boot.
+func (a *app) checkedImage(state string, report *progress.Reporter) (*images.Image, error) {
+	im, err := images.Current(state)
+	if err != nil {
+		return nil, err
+	}
+	step := report.Step("Image check")
+	if err := im.Verify(); err != nil {
+		return nil, step.Fail(err)
+	}
+	step.Done("%s, kernel %s", im.Manifest.BuildID, im.Manifest.Kernel.Release)
+	return im, nil
+}
+
+// syncRoot brings the shared root up to the image and the configuration.
+func (a *app) syncRoot(ctx context.Context, c configs.Cluster, state string, im *images.Image, report *progress.Reporter) (live.Root, error) {
+	_, public, err := clientKey(state)
+	if err != nil {
+		return live.Root{}, err
+	}
+	artefact := func(name string) live.Artefact { return live.Artefact{Path: im.Path(name), Digest: im.Digest(name)} }
+	root, err := live.Sync(ctx, live.Input{
+		State:     state,
+		Image:     live.Image{Base: artefact(images.BaseFile), Modules: artefact(images.ModulesFile), Overlay: artefact(images.OverlayFile)},
+		Cluster:   c,
+		ExtraKeys: []string{public},
+		Hosts:     hosts(c),
+		Log:       a.logger(),
+	}, report)
+	if err != nil {
+		return live.Root{}, err
+	}
+	for _, line := range root.Report.Lines() {
+		fmt.Fprintln(a.Err, line)
+	}
+	return root, a.writeKnownHosts(state, root.HostKey)
+}
+
+// hosts names the head and every node that the configuration can have.
+func hosts(c configs.Cluster) []live.Host {
+	list := []live.Host{{Address: c.Network.Head, Names: []string{c.Name + "-head." + c.Name, c.Name + "-head"}}}
+	named := map[int]bool{}
+	add := func(id int, address netip.Addr, name string) {
+		named[id] = true
+		list = append(list, live.Host{Address: address, Names: []string{name + "." + c.Name, name}})
+	}
+	for _, n := range c.Nodes.Table {
+		add(n.ID, n.Address, n.Hostname)
+	}
+	if c.Nodes.Unknown == "discover" {
+		for _, id := range c.DiscoverIDs() {
+			if address, err := c.Address(id); err == nil && !named[id] {
+				add(id, address, c.Hostname(id))
+			}
+		}
+	}
+	return list
+}
+
+// hostAlias is the name under which all nodes' one host key is known.
+const hostAlias = "krg-cluster"
+
+func knownHosts(state string) string { return filepath.Join(state, "ssh", "known_hosts") }
+
+func (a *app) writeKnownHosts(state, hostKey string) error {
+	line := hostAlias + " " + strings.TrimSpace(hostKey) + "\n"
+	if err := renameio.WriteFile(knownHosts(state), []byte(line), 0o644); err != nil {
+		return fmt.Errorf("note the cluster's host key: %w", err)
+	}
+	return nil
+}
+
+// isStopped tells an end that was asked for from a failure.
+func isStopped(ctx context.Context, err error) bool {
+	return ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled))
+}
