@@ -137,6 +137,12 @@ func (s *syncer) compare(ctx context.Context, j *journal) error {
 			skip[file] = true
 		}
 	}
+	parents := map[string]bool{"etc/ssh": true} // of skipped paths
+	for name := range skip {
+		for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
+			parents[dir] = true
+		}
+	}
 	err = fs.WalkDir(old.FS(), ".", func(name string, d fs.DirEntry, err error) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -165,10 +171,14 @@ func (s *syncer) compare(ctx context.Context, j *journal) error {
 		if there && known == stamp(info) {
 			return nil
 		}
-		j.Report.Changes = append(j.Report.Changes, "/"+name)
 		if d.IsDir() && !there {
+			if parents[name] {
+				return nil // it was made for what is skipped in it
+			}
+			j.Report.Changes = append(j.Report.Changes, "/"+name)
 			return fs.SkipDir // its name stands for all in it
 		}
+		j.Report.Changes = append(j.Report.Changes, "/"+name)
 		return nil
 	})
 	if err != nil {
