@@ -1,0 +1,169 @@
+// Package settings is what the head node tells a node about itself, and what
+// stage 1 leaves behind for PID 1.
+//
+// The head knows a node by the source address of its connection, so there is
+// nothing to log in with and nothing secret in the answer. Head is the client
+// of that interface; a head without it (a plain NFS and DHCP server) is
+// ErrNoInterface, and the node lives from its kernel command line.
+package settings
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"regexp"
+	"strings"
+	"time"
+
+	"krgimage/node/bootlog"
+	"krgimage/node/cmdline"
+)
+
+// Settings is the head's answer to GET /v1/node.
+type Settings struct {
+	SessionID   int          `json:"session_id"`
+	NodeID      int          `json:"node_id"`
+	Hostname    string       `json:"hostname"`
+	Domain      string       `json:"domain"`
+	MAC         string       `json:"mac"`
+	Address     netip.Prefix `json:"address"`
+	Head        netip.Addr   `json:"head"`
+	Time        time.Time    `json:"time"` // the head's clock when it answered
+	NFS         NFS          `json:"nfs"`
+	RescueShell bool         `json:"rescue_shell"` // a shell may be offered on the node's own console
+}
+
+// NFS says where the shared root is.
+type NFS struct {
+	Server string `json:"server"`
+	Port   int    `json:"port"` // of both NFS and MOUNT
+	Path   string `json:"path"`
+}
+
+// Errors that a caller decides on.
+var (
+	ErrNoInterface = errors.New("the head has no node interface")
+	ErrRefused     = errors.New("the head doesn't know this node")
+)
+
+// maxAnswer bounds the head's answer; it is a few hundred bytes.
+const maxAnswer = 64 << 10
+
+// hostname is a DNS label or a dotted row of them, RFC 1123 section 2.1.
+var hostname = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*$`)
+
+// ValidHostname reports whether s can be a host or domain name.
+func ValidHostname(s string) bool { return len(s) <= 253 && hostname.MatchString(s) }
+
+// Decode reads the head's answer and checks every field that the node acts on.
+// Unknown fields are fine: a newer head may say more.
+func Decode(text []byte) (Settings, error) {
+	var s Settings
+	if err := json.Unmarshal(text, &s); err != nil {
+		return Settings{}, fmt.Errorf("node settings: %w", err)
+	}
+	bad := func(field string, value any) error {
+		return fmt.Errorf("node settings: %s: bad value %v", field, value)
+	}
+	switch {
+	case s.SessionID < cmdline.MinSession || s.SessionID > cmdline.MaxSession:
+		return Settings{}, bad("session_id", s.SessionID)
+	case s.NodeID < 0 || s.NodeID > cmdline.MaxNode:
+		return Settings{}, bad("node_id", s.NodeID)
+	case s.Hostname != "" && !ValidHostname(s.Hostname):
+		return Settings{}, bad("hostname", fmt.Sprintf("%q", s.Hostname))
+	case s.Domain != "" && !ValidHostname(s.Domain):
+		return Settings{}, bad("domain", fmt.Sprintf("%q", s.Domain))
+	case s.NFS.Path != "" && !strings.HasPrefix(s.NFS.Path, "/"):
+		return Settings{}, bad("nfs.path", fmt.Sprintf("%q", s.NFS.Path))
+	case s.NFS.Port < 0 || s.NFS.Port > 65535:
+		return Settings{}, bad("nfs.port", s.NFS.Port)
+	case strings.ContainsAny(s.NFS.Server+s.NFS.Path, ", \t\n"):
+		return Settings{}, bad("nfs", fmt.Sprintf("%q", s.NFS.Server+":"+s.NFS.Path))
+	}
+	return s, nil
+}
+
+// Head is the client of a head node.
+type Head struct {
+	url  string
+	http *http.Client
+}
+
+// NewHead returns a client for the head at rawURL, for example
+// http://10.77.0.254:80.
+func NewHead(rawURL string) (*Head, error) {
+	u, err := url.Parse(rawURL)
+	if err != nil || u.Scheme != "http" || u.Host == "" {
+		return nil, fmt.Errorf("head URL %q: want http://ADDRESS:PORT", rawURL)
+	}
+	return &Head{
+		url: strings.TrimRight(rawURL, "/"),
+		// The head is on the boot network; a proxy is never meant.
+		http: &http.Client{Transport: &http.Transport{IdleConnTimeout: 5 * time.Second, MaxIdleConns: 1}, Timeout: 10 * time.Second},
+	}, nil
+}
+
+// Fetch asks for this node's settings. Errors are ErrNoInterface, ErrRefused,
+// or something that another attempt may cure.
+func (h *Head) Fetch(ctx context.Context) (Settings, error) {
+	text, err := h.do(ctx, http.MethodGet, "/v1/node", nil)
+	if err != nil {
+		return Settings{}, err
+	}
+	return Decode(text)
+}
+
+// PostStage posts one stage of the boot. bootlog.ErrRejected says that another
+// attempt is useless.
+func (h *Head) PostStage(ctx context.Context, s bootlog.Stage) error {
+	body, err := json.Marshal(s)
+	if err != nil {
+		return err
+	}
+	_, err = h.do(ctx, http.MethodPost, "/v1/node/stage", body)
+	if errors.Is(err, ErrNoInterface) || errors.Is(err, ErrRefused) {
+		return fmt.Errorf("%w: %w", bootlog.ErrRejected, err)
+	}
+	return err
+}
+
+func (h *Head) do(ctx context.Context, method, path string, body []byte) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, method, h.url+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	resp, err := h.http.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	switch code := resp.StatusCode; {
+	case code == http.StatusForbidden || code == http.StatusUnauthorized:
+		return nil, fmt.Errorf("%s%s: %w (%s)", h.url, path, ErrRefused, firstLine(text))
+	case code == http.StatusNotFound || code == http.StatusMethodNotAllowed || code == http.StatusNotImplemented:
+		return nil, fmt.Errorf("%s%s: %w", h.url, path, ErrNoInterface)
+	case code == http.StatusBadRequest:
+		return nil, fmt.Errorf("%s%s: %w (%s)", h.url, path, bootlog.ErrRejected, firstLine(text))
+	case code/100 != 2:
+		return nil, fmt.Errorf("%s%s: head answers %s", h.url, path, resp.Status)
+	case err != nil:
+		return nil, fmt.Errorf("%s%s: %w", h.url, path, err)
+	}
+	return text, nil
+}
+
+func firstLine(text []byte) string {
+	line, _, _ := strings.Cut(strings.TrimSpace(string(text)), "\n")
+	return line
+}
