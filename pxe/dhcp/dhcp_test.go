@@ -356,11 +356,18 @@ func FuzzHandle(f *testing.F) {
 		f.Add(rawPacket(f, name))
 	}
 	f.Add(linux(f, dhcpv4.MessageTypeInform, dhcpv4.WithClientIP(net.IPv4(10, 77, 0, 1))).ToBytes())
-	r := newRig(f, cluster())
+	// Nothing is discovered: a write to disk per packet would be all that is tested.
+	c := cluster()
+	c.Nodes.Unknown = "refuse"
+	c.Nodes.Table = []configs.Node{{MAC: mac, ID: 1}}
+	r := newRig(f, c)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		request, err := dhcpv4.FromBytes(data)
 		if err != nil {
 			return
+		}
+		if len(data)%2 == 0 {
+			request.ClientHWAddr = mac.HardwareAddr()
 		}
 		got, to := r.Handle(request)
 		if got == nil {

@@ -39,6 +39,7 @@ const maxSessions = 4 * maxTransfers
 const (
 	opRead  = 1
 	opWrite = 2
+	opError = 5
 )
 
 type bridge struct {
@@ -162,9 +163,16 @@ func (b *bridge) forward(packet []byte, from *net.UDPAddr) {
 	t.mu.Lock()
 	server := t.server
 	t.mu.Unlock()
-	if server.IsValid() {
-		t.conn.WriteToUDPAddrPort(packet, server)
-		t.conn.SetReadDeadline(time.Now().Add(idleTransfer))
+	if !server.IsValid() {
+		return
+	}
+	t.conn.WriteToUDPAddrPort(packet, server)
+	t.conn.SetReadDeadline(time.Now().Add(idleTransfer))
+	if binary.BigEndian.Uint16(packet) == opError {
+		// The client broke off. The library answers that with an error of its
+		// own, which from the one port of the front would look like the answer
+		// to the client's next request.
+		t.conn.Close()
 	}
 }
 
