@@ -8,6 +8,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -200,10 +201,10 @@ func TestReplay(t *testing.T) {
 
 func TestAdmission(t *testing.T) {
 	needRoot(t)
-	admit := false
-	var asked netip.Addr
+	var admit atomic.Bool
+	var asked atomic.Value
 	s, err := New(Config{Exports: []Export{{Path: "/", Dir: t.TempDir()}}, HandleKey: testKey, MaxConns: 1,
-		Allow: func(a netip.Addr) bool { asked = a; return admit }})
+		Allow: func(a netip.Addr) bool { asked.Store(a); return admit.Load() }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -218,10 +219,10 @@ func TestAdmission(t *testing.T) {
 	go func() { served <- s.Serve(ctx, ln) }()
 
 	dial(t, addr, 0, 0).closed()
-	if want := netip.MustParseAddr("127.0.0.1"); asked != want {
-		t.Errorf("asked about %v, want %v", asked, want)
+	if want := netip.MustParseAddr("127.0.0.1"); asked.Load() != want {
+		t.Errorf("asked about %v, want %v", asked.Load(), want)
 	}
-	admit = true
+	admit.Store(true)
 	c := connect(t, addr, "/", 0, 0)
 	dial(t, addr, 0, 0).closed() // one too many
 	if st := s.Stats(); st.Refused != 2 || st.Accepted != 1 {
