@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 
@@ -26,23 +27,65 @@ var ErrNoDeb = errors.New("not a Debian package")
 // nil takes all. The files become the caller's own, and none is ever written
 // outside dst. It fails when nothing matched.
 func ExtractDeb(ctx context.Context, path string, match func(name string) bool, dst string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	data, closeData, err := DebMember(f, "data.tar")
-	if err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	defer closeData()
 	found := 0
-	err = tarfs.Extract(ctx, data, dst, tarfs.Options{Match: match, Replace: true, Seen: func(string) { found++ }})
+	err := withData(ctx, path, func(data io.Reader) error {
+		return tarfs.Extract(ctx, data, dst, tarfs.Options{Match: match, Replace: true, Seen: func(string) { found++ }})
+	})
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
 	if found == 0 {
 		return fmt.Errorf("%s: the package has none of the files looked for", path)
+	}
+	return nil
+}
+
+// bigDeb is the size in bytes from which dpkg-deb decompresses a package: xz in
+// Go takes ten times as long, which is 20 s for a kernel.
+const bigDeb = 16 << 20
+
+// withData calls use with a package's tar archive of files.
+func withData(ctx context.Context, path string, use func(io.Reader) error) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err == nil && info.Size() >= bigDeb {
+		if program, err := findTool("dpkg-deb"); err == nil {
+			return withDpkg(ctx, program, path, use)
+		}
+	}
+	data, closeData, err := DebMember(f, "data.tar")
+	if err != nil {
+		return err
+	}
+	defer closeData()
+	return use(data)
+}
+
+func withDpkg(ctx context.Context, program, path string, use func(io.Reader) error) error {
+	var messages bytes.Buffer
+	cmd := exec.CommandContext(ctx, program, "--fsys-tarfile", path)
+	cmd.Env, cmd.Stderr = cleanEnv(), &messages
+	stopGently(cmd)
+	data, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	useErr := use(data)
+	// After tar's end there is padding; a program that cannot write it fails.
+	io.Copy(io.Discard, data)
+	switch err := cmd.Wait(); {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case useErr != nil:
+		return useErr
+	case err != nil:
+		return fmt.Errorf("%w: dpkg-deb: %w\n%s", ErrNoDeb, err, lastLines(messages.Bytes(), 2))
 	}
 	return nil
 }

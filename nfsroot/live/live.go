@@ -158,6 +158,11 @@ func syncRoot(ctx context.Context, in Input, rep *progress.Reporter, at func(str
 	if os.Geteuid() != 0 {
 		return Root{}, ErrNotRoot
 	}
+	for _, a := range []Artefact{in.Image.Base, in.Image.Modules, in.Image.Overlay} {
+		if digest := plainDigest(a.Digest); len(digest) != 64 || strings.Trim(digest, "0123456789abcdef") != "" {
+			return Root{}, fmt.Errorf("live root: %s comes with the digest %q, which is no SHA-256", a.Path, a.Digest)
+		}
+	}
 	s := &syncer{in: in, dir: filepath.Join(in.State, "root"), rep: cmp.Or(rep, progress.Discard()), at: at}
 	s.log = cmp.Or(in.Log, slog.New(slog.DiscardHandler)).With("component", "live")
 	if err := os.MkdirAll(s.dir, 0o755); err != nil {
