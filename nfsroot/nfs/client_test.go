@@ -65,6 +65,7 @@ type client struct {
 	id   identity
 	xid  uint32
 	root []byte
+	last *buffer // the reply before
 }
 
 func dial(t testing.TB, addr string, uid, gid uint32, groups ...uint32) *client {
@@ -118,14 +119,19 @@ func (c *client) request(prog, vers, proc uint32, args []byte) []byte {
 	return e.b
 }
 
-// reply reads the next record.
+// reply reads the next record. It is good until the one after it is read, which
+// spares the benchmark a copy; handles, which live longer, are copied.
 func (c *client) reply() []byte {
 	c.t.Helper()
 	rec, err := readRecord(c.r, nil)
 	if err != nil {
 		c.t.Fatalf("reading a reply: %v", err)
 	}
-	return bytes.Clone(rec.b)
+	if c.last != nil {
+		c.last.free()
+	}
+	c.last = rec
+	return rec.b
 }
 
 // call sends a call and returns its accept status and results.
@@ -174,7 +180,7 @@ func (c *client) mount(path string) ([]byte, status) {
 	if st != ok {
 		return nil, st
 	}
-	return d.opaque(maxHandle), st
+	return bytes.Clone(d.opaque(maxHandle)), st
 }
 
 // attrs is a decoded fattr3.
@@ -234,7 +240,7 @@ func (c *client) lookup(dir []byte, name string) ([]byte, status) {
 	if st != ok {
 		return nil, st
 	}
-	return d.opaque(maxHandle), st
+	return bytes.Clone(d.opaque(maxHandle)), st
 }
 
 // walk looks up a path of names that must exist.
@@ -301,7 +307,7 @@ func (c *client) made(st status, d *decoder) ([]byte, attrs, status) {
 	if !d.boolean() {
 		c.t.Fatal("no handle for a new file")
 	}
-	h := d.opaque(maxHandle)
+	h := bytes.Clone(d.opaque(maxHandle))
 	a := d.maybeAttrs()
 	if a == nil {
 		c.t.Fatal("no attributes for a new file")
@@ -468,7 +474,7 @@ func (c *client) list(dir []byte, cookie uint64, size uint32, plus bool) (out []
 		if plus {
 			l.attrs = d.maybeAttrs()
 			if d.boolean() {
-				l.handle = d.opaque(maxHandle)
+				l.handle = bytes.Clone(d.opaque(maxHandle))
 			}
 		}
 		out = append(out, l)
