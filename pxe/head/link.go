@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
 	"github.com/insomniacslk/dhcp/dhcpv4/nclient4"
@@ -22,7 +23,8 @@ import (
 // Link is the Network of a real interface.
 type Link struct {
 	ifi  *net.Interface
-	addr netip.Addr // the head's
+	addr netip.Addr    // the head's
+	wait time.Duration // how long another DHCP server has to answer
 	log  *slog.Logger
 }
 
@@ -60,7 +62,7 @@ func OpenLink(c configs.Network, log *slog.Logger) (*Link, error) {
 	case !holds(found, c.Head):
 		return nil, fmt.Errorf("network interface %s does not have the head's address. Add it:\n  ip addr add %s dev %s", found.Name, want, found.Name)
 	}
-	return &Link{found, c.Head, log.With("component", "link", "interface", found.Name)}, nil
+	return &Link{found, c.Head, dhcp.ForeignWait, log.With("component", "link", "interface", found.Name)}, nil
 }
 
 func holds(ifi *net.Interface, a netip.Addr) bool {
@@ -147,5 +149,5 @@ func (l *Link) FindForeignDHCP(ctx context.Context, own netip.Addr) error {
 		return fmt.Errorf("look for another DHCP server on %s (needs CAP_NET_RAW: run as root): %w", l.ifi.Name, err)
 	}
 	defer conn.Close()
-	return dhcp.FindForeign(ctx, conn, l.ifi.Name, own, dhcp.ForeignWait)
+	return dhcp.FindForeign(ctx, conn, l.ifi.Name, own, l.wait)
 }
