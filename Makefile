@@ -5,7 +5,7 @@ GO      ?= $(shell command -v go || echo /usr/local/go/bin/go)
 # Debian's Go doesn't fetch the toolchain that go.mod names unless told to.
 export GOTOOLCHAIN ?= auto
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
-LDFLAGS := -s -w -X krgimage/configs.Version=$(VERSION)
+LDFLAGS := -s -w -X krgimage/configs/version.Version=$(VERSION)
 export CGO_ENABLED := 0
 
 GO_FILES := $(shell find . -name '*.go' -not -path './test/*') go.mod go.sum

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"krgimage/configs"
+	"krgimage/configs/version"
 	"krgimage/images"
 	"krgimage/images/progress"
 	"krgimage/initramfs"
@@ -82,14 +83,14 @@ func (a *app) build(ctx context.Context, c configs.Cluster, rebuild []string, re
 	defer source.Close()
 	return images.Build(ctx, images.BuildOptions{
 		State: state, Cluster: c, Source: source, Krg: krg, Rescue: rescue, Links: commandLinks(),
-		Rebuild: rebuild, Epoch: epoch, Version: configs.Version, Report: report,
+		Rebuild: rebuild, Epoch: epoch, Version: version.Version, Report: report,
 	})
 }
 
 // commandLinks names krg after Kerrighed's commands, where users look for them.
 func commandLinks() []images.Link {
 	links := []images.Link{{Path: "/usr/bin/krg", Target: "../sbin/krg"}}
-	for _, c := range kerrighed.Commands() {
+	for _, c := range kerrighed.Tools() {
 		links = append(links, images.Link{Path: "/usr/" + c.Dir + "/" + c.Name, Target: relativeKrg(c.Dir)})
 	}
 	return links

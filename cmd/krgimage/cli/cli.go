@@ -18,6 +18,7 @@ import (
 	"golang.org/x/term"
 
 	"krgimage/configs"
+	"krgimage/configs/version"
 	"krgimage/images/progress"
 )
 
@@ -82,7 +83,7 @@ Start with:
   krgimage init       write a commented cluster.yaml
   krgimage trial      build what is missing and boot two QEMU nodes
   krgimage ssh        a shell in the cluster`,
-		Version:       configs.Version,
+		Version:       version.Version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          cobra.NoArgs,

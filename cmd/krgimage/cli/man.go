@@ -7,7 +7,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/cobra/doc"
 
-	"krgimage/configs"
+	"krgimage/configs/version"
 	"krgimage/images"
 )
 
@@ -23,7 +23,7 @@ func (a *app) manCommand() *cobra.Command {
 				return fmt.Errorf("write manual pages: %w", err)
 			}
 			date := images.DefaultEpoch
-			header := &doc.GenManHeader{Section: "1", Source: "krgimage " + configs.Version, Manual: "krgimage", Date: &date}
+			header := &doc.GenManHeader{Section: "1", Source: "krgimage " + version.Version, Manual: "krgimage", Date: &date}
 			return doc.GenManTree(cmd.Root(), header, dir)
 		},
 	}
