@@ -23,19 +23,20 @@ var nfsNames = [...]string{
 // procedure is one remote procedure. run decodes all its arguments first and
 // returns false when they are malformed, with nothing done.
 type procedure struct {
-	name string
-	run  func(c *call, d *decoder, e *buffer) bool
-	once bool // doing it twice gives another answer: see replayCache
+	name  string
+	run   func(c *call, d *decoder, e *buffer) bool
+	once  bool // doing it twice gives another answer: see replayCache
+	quick bool // reads attributes or names only
 }
 
 // nfsProcs is NFS version 3 in the order of its procedure numbers.
 var nfsProcs = [len(nfsNames)]procedure{
-	{name: "NULL", run: (*call).null},
-	{name: "GETATTR", run: (*call).getattr},
+	{name: "NULL", run: (*call).null, quick: true},
+	{name: "GETATTR", run: (*call).getattr, quick: true},
 	{name: "SETATTR", run: (*call).setattr, once: true},
-	{name: "LOOKUP", run: (*call).lookup},
-	{name: "ACCESS", run: (*call).access},
-	{name: "READLINK", run: (*call).readlink},
+	{name: "LOOKUP", run: (*call).lookup, quick: true},
+	{name: "ACCESS", run: (*call).access, quick: true},
+	{name: "READLINK", run: (*call).readlink, quick: true},
 	{name: "READ", run: (*call).read},
 	{name: "WRITE", run: (*call).write},
 	{name: "CREATE", run: (*call).createFile, once: true},
@@ -48,9 +49,9 @@ var nfsProcs = [len(nfsNames)]procedure{
 	{name: "LINK", run: (*call).link, once: true},
 	{name: "READDIR", run: (*call).readdir},
 	{name: "READDIRPLUS", run: (*call).readdirplus},
-	{name: "FSSTAT", run: (*call).fsstat},
-	{name: "FSINFO", run: (*call).fsinfo},
-	{name: "PATHCONF", run: (*call).pathconf},
+	{name: "FSSTAT", run: (*call).fsstat, quick: true},
+	{name: "FSINFO", run: (*call).fsinfo, quick: true},
+	{name: "PATHCONF", run: (*call).pathconf, quick: true},
 	{name: "COMMIT", run: (*call).commit},
 }
 

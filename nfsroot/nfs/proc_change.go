@@ -147,14 +147,11 @@ func (c *call) createNew(dir *file, dirfd int, name string, a *sattr) (*file, st
 // createExisting is CREATE of a name that is there: fine for UNCHECKED, which
 // may truncate it, and for EXCLUSIVE if it is the same call's file.
 func (c *call) createExisting(dir *file, name string, a *sattr, how uint32) (*file, status) {
-	var attr unix.Stat_t
-	if err := dir.stat(&attr); err != nil {
+	var dirAttr, attr unix.Stat_t
+	if err := dir.stat(&dirAttr); err != nil {
 		return nil, statusOf(err)
 	}
-	f, st := c.child(dir, &attr, name)
-	if st == ok {
-		st = statusOf(f.stat(&attr))
-	}
+	f, st := c.child(dir, &dirAttr, name, &attr)
 	if st != ok {
 		return nil, st
 	}

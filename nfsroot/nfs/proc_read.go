@@ -38,9 +38,7 @@ func (c *call) lookup(d *decoder, e *buffer) bool {
 	var dirAttr, attr unix.Stat_t
 	var f *file
 	if st = statusOf(dir.stat(&dirAttr)); st == ok {
-		if f, st = c.child(dir, &dirAttr, name); st == ok {
-			st = statusOf(f.stat(&attr))
-		}
+		f, st = c.child(dir, &dirAttr, name, &attr)
 	}
 	e.u32(uint32(c.note(st)))
 	if st == ok {
@@ -52,15 +50,17 @@ func (c *call) lookup(d *decoder, e *buffer) bool {
 	return true
 }
 
-// child finds a name in a directory.
-func (c *call) child(dir *file, attr *unix.Stat_t, name string) (*file, status) {
+// child finds a name in a directory, whose attributes are given, and takes the
+// attributes of what it finds.
+func (c *call) child(dir *file, dirAttr *unix.Stat_t, name string, attr *unix.Stat_t) (*file, status) {
 	if st := checkName(name); st != ok {
 		return nil, st
 	}
-	if !c.permitted(dir, attr, mayExec) {
+	if !c.permitted(dir, dirAttr, mayExec) {
 		return nil, errAcces
 	}
 	if name == "." || name == ".." && dir == dir.x.root {
+		*attr = *dirAttr
 		return dir, ok
 	}
 	fd, err := dir.fd()
@@ -73,7 +73,7 @@ func (c *call) child(dir *file, attr *unix.Stat_t, name string) (*file, status) 
 		return nil, statusOf(err)
 	}
 	f := c.hold(c.srv.files.get(dir.x, h, 0))
-	if f.handle() == nil {
+	if f.stat(attr) != nil {
 		return nil, errNoEnt // removed since
 	}
 	return f, ok

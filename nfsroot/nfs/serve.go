@@ -164,14 +164,24 @@ func (c *conn) serve(ctx context.Context) {
 		// Both always succeed in the end: requests at work give theirs back.
 		c.memory.Acquire(context.Background(), cost)
 		c.srv.memory.Acquire(context.Background(), cost)
-		c.work.Go(func() {
+		work := func() {
 			c.handle(h, d)
 			rec.free()
 			c.srv.memory.Release(cost)
 			c.memory.Release(cost)
 			<-c.calls
-		})
+		}
+		if quick(h) && r.Buffered() == 0 {
+			work() // nothing waits behind it: waking another goroutine would take longer
+		} else {
+			c.work.Go(work)
+		}
 	}
+}
+
+// quick says whether a call reads attributes or names only.
+func quick(h callHeader) bool {
+	return h.prog == progNFS && h.proc < uint32(len(nfsProcs)) && nfsProcs[h.proc].quick
 }
 
 // readFailed closes the books on a connection that can't be read any more.
