@@ -24,14 +24,15 @@ type BareBoot struct {
 
 // MeasureBareBoot returns the time from QEMU's start to the marker.
 func MeasureBareBoot(ctx context.Context, b BareBoot) (time.Duration, error) {
-	took, err := b.measure(ctx)
+	took, err := b.measure(ctx, io.Discard)
 	if err != nil {
 		return 0, fmt.Errorf("bare boot of %s: %w", b.Kernel, err)
 	}
 	return took, nil
 }
 
-func (b BareBoot) measure(ctx context.Context) (time.Duration, error) {
+// measure copies the console to out.
+func (b BareBoot) measure(ctx context.Context, out io.Writer) (time.Duration, error) {
 	args := []string{"-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc", "-no-reboot"}
 	args = append(args, b.Accel.Args...)
 	args = append(args, "-m", strconv.FormatInt(b.Memory>>20, 10), "-smp", strconv.Itoa(b.CPUs),
@@ -44,6 +45,7 @@ func (b BareBoot) measure(ctx context.Context) (time.Duration, error) {
 	start := time.Now()
 	cmd.Stdout = writerFunc(func(p []byte) (int, error) {
 		serial.Write(p)
+		out.Write(p)
 		if hit != nil && found.find(p) {
 			hit <- time.Since(start)
 			hit = nil
