@@ -106,15 +106,8 @@ Start with:
 	return root
 }
 
-// load reads the configuration; without a file, and with the default file
-// name, it's the default one.
-func (a *app) load() (configs.Cluster, error) {
-	c, err := configs.Load(a.configFile)
-	if errors.Is(err, fs.ErrNotExist) {
-		return c, fmt.Errorf("no configuration %s: write one with 'krgimage init'", a.configFile)
-	}
-	return c, err
-}
+// load reads the configuration.
+func (a *app) load() (configs.Cluster, error) { return configs.Load(a.configFile) }
 
 // loadOrInit is load for `trial`, which goes from nothing to a cluster: a
 // missing default configuration is written first.

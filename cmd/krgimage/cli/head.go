@@ -35,10 +35,11 @@ func (h *headNode) Close() {
 }
 
 // openHead checks the current image, brings the shared root up to it, and makes
-// the head node that serves both. Only one head serves a state directory.
-func (a *app) openHead(ctx context.Context, c configs.Cluster, command string, network head.Network, force bool, report *progress.Reporter) (_ *headNode, err error) {
-	if os.Geteuid() != 0 {
-		return nil, fmt.Errorf("'krgimage %s' must run as root: the shared root has files of root and of every user, and NFS finds files by handle", command)
+// the head node that serves both. Its node table is in headState. Only one head
+// serves the shared root of a state directory.
+func (a *app) openHead(ctx context.Context, c configs.Cluster, command, headState string, network head.Network, force bool, report *progress.Reporter) (_ *headNode, err error) {
+	if err := requireRoot(command); err != nil {
+		return nil, err
 	}
 	state, err := a.state()
 	if err != nil {
@@ -80,7 +81,7 @@ func (a *app) openHead(ctx context.Context, c configs.Cluster, command string, n
 	}
 	h.close = append(h.close, func() { server.Close() })
 	h.Head, err = head.New(head.Config{
-		Cluster: c, NFS: server, StateDir: state, Network: network, Force: force, Log: a.logger(),
+		Cluster: c, NFS: server, StateDir: headState, Network: network, Force: force, Log: a.logger(),
 		Image: head.Image{Kernel: im.Path(images.KernelFile), Initramfs: im.Path(images.InitramfsFile), LoaderDir: im.Path(images.LoaderDir)},
 	})
 	if err != nil {
@@ -91,6 +92,14 @@ func (a *app) openHead(ctx context.Context, c configs.Cluster, command string, n
 		return known
 	}
 	return h, nil
+}
+
+// requireRoot says before anything is begun that a command can't do without.
+func requireRoot(command string) error {
+	if os.Geteuid() == 0 {
+		return nil
+	}
+	return fmt.Errorf("'krgimage %s' must run as root: the shared root has files of root and of every user, and the NFS server takes the identity of each caller", command)
 }
 
 // checkedImage opens the current image and compares it with its manifest, so

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -29,7 +30,7 @@ first packet of that boot. Works while 'serve' or 'trial' runs.`,
 			if err != nil {
 				return err
 			}
-			client, err := head.Dial(cmd.Context(), state)
+			client, err := dialHead(cmd.Context(), state)
 			if err != nil {
 				return err
 			}
@@ -59,6 +60,18 @@ first packet of that boot. Works while 'serve' or 'trial' runs.`,
 	cmd.Flags().BoolVarP(&timeline, "timeline", "t", false, "show every stage of the last boot")
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "keep showing what changes")
 	return cmd
+}
+
+// dialHead connects to the head node of a state directory: the one of `serve`,
+// or else the one of the trial.
+func dialHead(ctx context.Context, state string) (*head.Client, error) {
+	client, err := head.Dial(ctx, state)
+	if errors.Is(err, head.ErrNotRunning) {
+		if client, err := head.Dial(ctx, trialDir(state)); err == nil {
+			return client, nil
+		}
+	}
+	return client, err
 }
 
 func (a *app) followNodes(cmd *cobra.Command, client *head.Client, asJSON bool) error {

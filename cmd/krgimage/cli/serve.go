@@ -36,11 +36,18 @@ same.`,
 			if link != "" {
 				c.Network.Interface = link
 			}
+			if err := requireRoot("serve"); err != nil {
+				return err
+			}
+			state, err := a.state()
+			if err != nil {
+				return err
+			}
 			network, err := head.OpenLink(c.Network, a.logger())
 			if err != nil {
 				return err
 			}
-			h, err := a.openHead(ctx, c, "serve", network, force, a.reporter(false))
+			h, err := a.openHead(ctx, c, "serve", state, network, force, a.reporter(false))
 			if err != nil {
 				return err
 			}
