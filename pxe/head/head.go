@@ -154,7 +154,7 @@ func (h *Head) Run(ctx context.Context, onReady func()) error {
 			err := s.run(ctx)
 			h.health.down(s.name, err)
 			switch {
-			case ctx.Err() != nil && (err == nil || errors.Is(err, ctx.Err())):
+			case ctx.Err() != nil && (err == nil || errors.Is(err, ctx.Err()) || errors.Is(err, net.ErrClosed)):
 				return nil
 			case s.optional && err != nil:
 				h.log.Warn(s.name+" is not available", "err", err)
