@@ -213,6 +213,8 @@ func (r *Repo) explainIn(what, logPath, dir string, runErr error) error {
 	case bytes.Contains(log, []byte("NO_PUBKEY")) || bytes.Contains(log, []byte("is not signed")) || bytes.Contains(log, []byte("EXPKEYSIG")) || bytes.Contains(log, []byte("Missing key")):
 		return fmt.Errorf("%s: the signature of %s cannot be checked with the keys in %s\n  fix: apt-get install debian-archive-keyring (a newer one), or check debian.mirror and debian.suite in cluster.yaml\n  the log is %s",
 			what, r.opt.Suite, r.keyring, logPath)
+	case bytes.Contains(log, []byte("unable to pick chroot mode")):
+		return fmt.Errorf("%s: this user may not make user namespaces with subordinate ids, which mmdebstrap needs without root\n  fix: run it with sudo, or: apt-get install uidmap, and give the user a line in /etc/subuid and /etc/subgid\n  the log is %s", what, logPath)
 	}
 	return fmt.Errorf("%s: %w; the log is %s and ends:\n%s", what, runErr, logPath, lastLines(log, 6))
 }

@@ -72,7 +72,7 @@ func (r *Repo) Bootstrap(ctx context.Context, opt BootstrapOptions, out string) 
 	step := r.opt.Progress.Step("Debian root")
 	base, err := r.bootstrap(ctx, step, packages, opt.Epoch, out)
 	if err != nil {
-		return Base{}, step.Fail(fmt.Errorf("debian root: %w", space.Explain(err, "the Debian root is built", filepath.Dir(out), 0)))
+		return Base{}, step.Fail(fmt.Errorf("debian root: %w", space.Explain(err, "the Debian root is built", r.opt.WorkDir, rootNeeds)))
 	}
 	step.Done("%d packages, %s", len(base.Packages), progress.Size(base.Size))
 	return base, nil
@@ -122,7 +122,7 @@ func (r *Repo) bootstrap(ctx context.Context, step *progress.Step, packages []st
 	end := r.proxy.watch(func(n int64) { step.Bytes(n, 0) })
 	defer end()
 	var base Base
-	err = writeArchive(out, nil, func(w io.Writer) error {
+	err = writeArchive("the Debian root is built", out, 80<<20, nil, func(w io.Writer) error {
 		runErr, readErr := pipeRun(cmd, log, step, func(archive io.Reader) error {
 			f := rootFilter{epoch: epoch, sources: r.finalSources()}
 			if err := f.copy(archive, w); err != nil {

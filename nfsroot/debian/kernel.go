@@ -163,19 +163,20 @@ func (r *Repo) depmod(ctx context.Context, root, release string) error {
 // ModulesTar packs a kernel's modules as usr/lib/modules/RELEASE/... into out, a
 // zstd-compressed archive. The same kernel and epoch give the same bytes.
 func ModulesTar(ctx context.Context, k Kernel, epoch time.Time, out string, step *progress.Step) error {
-	err := writeArchive(out, step, func(w io.Writer) error {
+	return writeArchive("the modules are packed", out, 120<<20, step, func(w io.Writer) error {
 		archive := tar.NewWriter(w)
 		if err := tarfs.Write(ctx, archive, k.Modules, "usr/lib/modules/"+k.Release, epoch); err != nil {
 			return err
 		}
 		return archive.Close()
 	})
-	return space.Explain(err, "the modules are packed", out, 120<<20)
 }
 
 // writeArchive writes a zstd-compressed file aside and renames it to out when
 // it is complete and on disk. step counts the compressed bytes; it may be nil.
-func writeArchive(out string, step *progress.Step, fill func(io.Writer) error) error {
+// A full disk is explained while it still is full: doing is the step in words,
+// needed the bytes that the file takes, about.
+func writeArchive(doing, out string, needed int64, step *progress.Step, fill func(io.Writer) error) (err error) {
 	if err := os.MkdirAll(filepath.Dir(out), 0o755); err != nil {
 		return err
 	}
@@ -184,6 +185,7 @@ func writeArchive(out string, step *progress.Step, fill func(io.Writer) error) e
 		return err
 	}
 	defer pending.Cleanup()
+	defer func() { err = space.Explain(err, doing, filepath.Dir(out), needed) }()
 	var sink io.Writer = pending
 	if step != nil {
 		sink = step.Writer(pending, 0)

@@ -2,6 +2,8 @@ package debian
 
 import (
 	"archive/tar"
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,6 +15,7 @@ import (
 
 	"krgimage/configs"
 	"krgimage/images/progress"
+	"krgimage/nfsroot/debian/space"
 )
 
 // The tests of this file use the real mirror and build real roots; they take
@@ -156,5 +159,62 @@ func TestNoSuchPackage(t *testing.T) {
 	_, err := repo.Bootstrap(t.Context(), BootstrapOptions{Packages: []string{"psmics"}}, filepath.Join(t.TempDir(), "out"))
 	if err == nil || !strings.Contains(err.Error(), "psmisc") {
 		t.Errorf("%v", err)
+	}
+}
+
+// A build that is stopped or runs out of space leaves no file, no temporary
+// root and no mount behind, and the previous output as it was.
+func TestBootstrapStopped(t *testing.T) {
+	repo := needMirror(t)
+	if err := repo.Update(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	stop := errors.New("stopped by hand")
+	for _, test := range []struct {
+		name string
+		dir  func(t *testing.T) string
+		stop bool
+	}{
+		{"by hand", func(t *testing.T) string { return t.TempDir() }, true},
+		{"full disk", func(t *testing.T) string { return smallDisk(t, "8m") }, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			out := filepath.Join(test.dir(t), "base.tar.zst")
+			if err := os.WriteFile(out, []byte("old"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancelCause(t.Context())
+			defer cancel(nil)
+			if test.stop {
+				// mmdebstrap says what it does in its log: stop it in the
+				// middle of the installation.
+				go func() {
+					log := filepath.Join(repo.opt.WorkDir, "mmdebstrap.log")
+					for ctx.Err() == nil {
+						if text, _ := os.ReadFile(log); strings.Contains(string(text), "installing essential packages") {
+							cancel(stop)
+						}
+						time.Sleep(20 * time.Millisecond)
+					}
+				}()
+			}
+			_, err := repo.Bootstrap(ctx, BootstrapOptions{Epoch: time.Unix(1760000000, 0)}, out)
+			var full *space.Error
+			switch {
+			case test.stop && !errors.Is(err, stop):
+				t.Errorf("%v", err)
+			case !test.stop && (!errors.As(err, &full) || full.Mount != filepath.Dir(out)):
+				t.Errorf("%v", err)
+			}
+			if got, _ := os.ReadFile(out); string(got) != "old" {
+				t.Errorf("the old output is now %.20q", got)
+			}
+			if entries, _ := os.ReadDir(filepath.Dir(out)); len(entries) != 1 {
+				t.Errorf("left over beside the output: %v", entries)
+			}
+			if left, _ := filepath.Glob(filepath.Join(repo.opt.WorkDir, "krgimage-root-*")); len(left) > 0 {
+				t.Errorf("left over: %v", left)
+			}
+		})
 	}
 }

@@ -26,7 +26,7 @@ func Preflight(suite string) []Check {
 		toolCheck("dpkg-deb", "dpkg", "unpacks packages for mmdebstrap"),
 		toolCheck("mmdebstrap", "mmdebstrap", "builds the Debian root"),
 		toolCheck("tar", "tar", "packs the Debian root"),
-		toolCheck("gpgv", "gpgv", "checks the archive's signature"),
+		verifierCheck(),
 		toolCheck("depmod", "kmod", "indexes the kernel modules"),
 		keyringCheck(suite),
 	}
@@ -44,6 +44,15 @@ func toolCheck(tool, pkg, why string) Check {
 		c.OK, c.Why, c.Fix = false, "missing; it "+why, "apt-get install "+pkg
 	}
 	return c
+}
+
+// verifierCheck looks for what apt checks signatures with: gpgv, from Debian 13
+// on sqv.
+func verifierCheck() Check {
+	if c := toolCheck("sqv", "sqv", "checks the archive's signature"); c.OK {
+		return c
+	}
+	return toolCheck("gpgv", "gpgv", "checks the archive's signature")
 }
 
 // toolPackages are the packages of the programs that are run.

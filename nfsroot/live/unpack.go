@@ -20,6 +20,7 @@ import (
 
 	"krgimage/images/progress"
 	"krgimage/nfsroot/debian"
+	"krgimage/nfsroot/debian/space"
 	"krgimage/nfsroot/debian/tarfs"
 )
 
@@ -41,7 +42,12 @@ func (s *syncer) unpack(ctx context.Context, step *progress.Step) (id string, er
 	}
 	defer func() {
 		if err != nil {
-			s.trees.RemoveAll(partial) // the error says why; what remains goes at the next Sync
+			// A full disk has to be measured before the partial tree goes.
+			err = space.Explain(err, "the live root is unpacked", s.dir, unpackedSize(image))
+			// The error says why; what remains goes at the next Sync.
+			for _, left := range []string{partial, id + ".json", id + ".files.gz"} {
+				s.trees.RemoveAll(left)
+			}
 		}
 	}()
 	rec := record{
@@ -88,6 +94,21 @@ func (s *syncer) unpack(ctx context.Context, step *progress.Step) (id string, er
 		return "", err
 	}
 	return id, s.trees.Rename(partial, id)
+}
+
+// unpackedSize estimates the bytes that an image takes on disk: a Debian root
+// shrinks to a fifth under zstd, modules are compressed before.
+func unpackedSize(image Image) int64 {
+	var total int64
+	for _, part := range []struct {
+		from   Artefact
+		factor int64
+	}{{image.Base, 5}, {image.Modules, 1}, {image.Overlay, 1}} {
+		if info, err := os.Stat(part.from.Path); err == nil {
+			total += info.Size() * part.factor
+		}
+	}
+	return total
 }
 
 // update puts new modules and a new overlay into the live tree in place: each

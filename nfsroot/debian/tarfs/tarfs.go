@@ -42,7 +42,8 @@ type Options struct {
 	// root. Without it devices are left out and setuid bits are cleared.
 	Owner bool
 	// Replace puts each entry in the place of what is there, file by file:
-	// written aside, then renamed over.
+	// written aside, then renamed over. Directories that are there keep their
+	// owner and mode.
 	Replace bool
 	// Seen is told each clean name that was unpacked; may be nil.
 	Seen func(name string)
@@ -194,7 +195,8 @@ func (x *extractor) directory(name string, hdr *tar.Header) error {
 			case statErr != nil:
 				return statErr
 			case info.IsDir():
-				if link, err := x.root.Lstat(name); err != nil || link.Mode()&fs.ModeSymlink != 0 {
+				// Nor does a directory that is there change, as dpkg has it.
+				if link, err := x.root.Lstat(name); err != nil || link.Mode()&fs.ModeSymlink != 0 || x.opt.Replace {
 					return err
 				}
 			case x.opt.Replace:
@@ -210,6 +212,9 @@ func (x *extractor) directory(name string, hdr *tar.Header) error {
 		} else if err != nil {
 			return err
 		}
+	}
+	if name == "." && x.opt.Replace {
+		return nil
 	}
 	x.dirs = append(x.dirs, dirTime{name, hdr.ModTime})
 	return x.attributes(name, hdr)
