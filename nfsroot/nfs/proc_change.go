@@ -2,7 +2,6 @@ package nfs
 
 import (
 	"encoding/binary"
-	"errors"
 
 	"golang.org/x/sys/unix"
 )
@@ -366,9 +365,6 @@ func (c *call) renameAt(fromDir *file, fromName string, toDir *file, toName stri
 	c.done2(from, to)
 	if err == nil && verr == nil && merr == nil && victim != moved {
 		c.srv.files.forget(toDir.x, victim)
-	}
-	if errors.Is(err, unix.ENOTEMPTY) {
-		return errNotEmpty
 	}
 	return statusOf(err)
 }
