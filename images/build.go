@@ -43,7 +43,7 @@ type Source interface {
 
 // Loaders are the boot loaders of LoaderDir: iPXE for BIOS and UEFI, and the
 // classic pxelinux.
-var Loaders = []string{"undionly.kpxe", "snponly.efi", "pxelinux.0", "ldlinux.c32"}
+var Loaders = []string{"undionly.kpxe", "ipxe.pxe", "snponly.efi", "pxelinux.0", "ldlinux.c32"}
 
 // ModulesTree is where Source.Kernel leaves the unpacked modules: a directory
 // named by the kernel's release.

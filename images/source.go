@@ -129,7 +129,7 @@ var loaderPackages = []string{"ipxe", "pxelinux", "syslinux-common"}
 
 // loaderFiles are the paths of Loaders in those packages.
 var loaderFiles = []string{
-	"usr/lib/ipxe/undionly.kpxe", "usr/lib/ipxe/snponly.efi", "usr/lib/PXELINUX/pxelinux.0", "usr/lib/syslinux/modules/bios/ldlinux.c32",
+	"usr/lib/ipxe/undionly.kpxe", "usr/lib/ipxe/ipxe.pxe", "usr/lib/ipxe/snponly.efi", "usr/lib/PXELINUX/pxelinux.0", "usr/lib/syslinux/modules/bios/ldlinux.c32",
 }
 
 // Loaders implements Source.

@@ -231,7 +231,7 @@ func TestChainAlwaysDoesNotLoop(t *testing.T) {
 		return got.BootFileName
 	}
 	const script = "http://10.77.0.254:80/boot.ipxe?mac=52-54-00-12-34-56"
-	if got := ask(); got != LoaderBIOS {
+	if got := ask(); got != LoaderBIOSFull {
 		t.Fatalf("the firmware's own iPXE gets %q", got)
 	}
 	if n, _ := r.nodes.Lookup(mac); n.Stage() != nodes.StageDHCP {

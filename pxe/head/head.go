@@ -63,7 +63,7 @@ type NFS interface {
 type Image struct {
 	Kernel    string // path of vmlinuz
 	Initramfs string // path of initramfs.img
-	LoaderDir string // directory with undionly.kpxe, snponly.efi, pxelinux.0, ldlinux.c32
+	LoaderDir string // directory with undionly.kpxe, ipxe.pxe, snponly.efi, pxelinux.0, ldlinux.c32
 }
 
 // Config is what a Head works from.
@@ -289,7 +289,7 @@ func (h *Head) tftp() *tftp.Server {
 }
 
 // loaderNames are the files of an image's LoaderDir that are served.
-var loaderNames = []string{dhcp.LoaderBIOS, dhcp.LoaderEFI, dhcp.LoaderPXELinux, "ldlinux.c32"}
+var loaderNames = []string{dhcp.LoaderBIOS, dhcp.LoaderBIOSFull, dhcp.LoaderEFI, dhcp.LoaderPXELinux, "ldlinux.c32"}
 
 // loaders are the loaders that the image has, name to path.
 func (i Image) loaders() map[string]string {
@@ -309,7 +309,7 @@ func (i Image) check(boot configs.Boot) error {
 	if boot.BIOS == "pxelinux" {
 		need = append(need, filepath.Join(i.LoaderDir, dhcp.LoaderPXELinux), filepath.Join(i.LoaderDir, "ldlinux.c32"))
 	} else {
-		need = append(need, filepath.Join(i.LoaderDir, dhcp.LoaderBIOS))
+		need = append(need, filepath.Join(i.LoaderDir, dhcp.LoaderBIOS), filepath.Join(i.LoaderDir, dhcp.LoaderBIOSFull))
 	}
 	for _, path := range need {
 		f, err := os.Open(path)

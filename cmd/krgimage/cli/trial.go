@@ -116,6 +116,9 @@ func (f *trialFlags) apply(c *configs.Cluster, cmd *cobra.Command) error {
 		return err
 	}
 	c.Nodes.Table = trial.Table(machines)
+	// The firmware of an ordinary PC is no iPXE, while QEMU's BIOS ROM is one
+	// that could skip TFTP: the trial goes the PC's way.
+	c.Boot.Chain = "always"
 	return c.Validate()
 }
 
