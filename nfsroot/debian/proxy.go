@@ -87,7 +87,14 @@ func startProxy(ctx context.Context, c *cache, mirrors []mirror, transport http.
 	})
 	group.Go(func() error {
 		<-ctx.Done()
-		return p.server.Close()
+		// Transfers end with ctx; what they have stored must be settled before
+		// the cache's owner goes on.
+		settle, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer cancel()
+		if err := p.server.Shutdown(settle); err != nil {
+			return p.server.Close()
+		}
+		return nil
 	})
 	return p, nil
 }
