@@ -247,12 +247,12 @@ func TestChainAlwaysDoesNotLoop(t *testing.T) {
 	}
 	r.nodes.Saw(mac, nodes.StageScript, "")
 	r.now = r.now.Add(time.Minute)
-	if got := ask(); got != LoaderBIOS {
+	if got := ask(); got != LoaderBIOSFull {
 		t.Fatalf("after a reset it gets %q", got)
 	}
-	r.nodes.Saw(mac, nodes.StageLoader, LoaderBIOS)
+	r.nodes.Saw(mac, nodes.StageLoader, LoaderBIOSFull)
 	r.now = r.now.Add(time.Hour)
-	if got := ask(); got != LoaderBIOS {
+	if got := ask(); got != LoaderBIOSFull {
 		t.Fatalf("an hour after the loader it gets %q", got)
 	}
 }
