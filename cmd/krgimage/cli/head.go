@@ -34,13 +34,10 @@ func (h *headNode) Close() {
 	}
 }
 
-// openHead checks the current image, brings the shared root up to it, and makes
-// the head node that serves both. Its node table is in headState. Only one head
-// serves the shared root of a state directory.
-func (a *app) openHead(ctx context.Context, c configs.Cluster, command, headState string, network head.Network, force bool, report *progress.Reporter) (_ *headNode, err error) {
-	if err := requireRoot(command); err != nil {
-		return nil, err
-	}
+// openHead brings the shared root up to the image and makes the head node that
+// serves both. Its node table is in headState. Only one head serves the shared
+// root of a state directory.
+func (a *app) openHead(ctx context.Context, c configs.Cluster, im *images.Image, command, headState string, network head.Network, force bool, report *progress.Reporter) (_ *headNode, err error) {
 	state, err := a.state()
 	if err != nil {
 		return nil, err
@@ -57,10 +54,6 @@ func (a *app) openHead(ctx context.Context, c configs.Cluster, command, headStat
 	}
 	h.close = append(h.close, unlock)
 
-	im, err := a.checkedImage(state, report)
-	if err != nil {
-		return nil, err
-	}
 	if h.root, err = a.syncRoot(ctx, c, state, im, report); err != nil {
 		return nil, err
 	}
@@ -104,7 +97,7 @@ func requireRoot(command string) error {
 
 // checkedImage opens the current image and compares it with its manifest, so
 // that a truncated file is found here and not by a node that can't boot.
-func (a *app) checkedImage(state string, report *progress.Reporter) (*images.Image, error) {
+func checkedImage(state string, report *progress.Reporter) (*images.Image, error) {
 	im, err := images.Current(state)
 	if err != nil {
 		return nil, err

@@ -43,11 +43,16 @@ same.`,
 			if err != nil {
 				return err
 			}
+			report := a.reporter(false)
+			im, err := checkedImage(state, report)
+			if err != nil {
+				return err
+			}
 			network, err := head.OpenLink(c.Network, a.logger())
 			if err != nil {
 				return err
 			}
-			h, err := a.openHead(ctx, c, "serve", state, network, force, a.reporter(false))
+			h, err := a.openHead(ctx, c, im, "serve", state, network, force, report)
 			if err != nil {
 				return err
 			}

@@ -169,6 +169,10 @@ func (a *app) runTrial(ctx context.Context, c configs.Cluster, f trialFlags) err
 	if err := a.buildIfMissing(ctx, c, state, report); err != nil {
 		return err
 	}
+	im, err := checkedImage(state, report)
+	if err != nil {
+		return err
+	}
 	machines, err := trial.Plan(c, c.Trial.Nodes)
 	if err != nil {
 		return err
@@ -201,7 +205,7 @@ func (a *app) runTrial(ctx context.Context, c configs.Cluster, f trialFlags) err
 	if style != progress.JSON {
 		fmt.Fprintf(a.Out, "QEMU runs with %s: %s\n", cluster.Accel().Name, cluster.Accel().Reason)
 	}
-	h, err := a.openHead(ctx, c, "trial", trialDir(state), cluster.Network(), false, report)
+	h, err := a.openHead(ctx, c, im, "trial", trialDir(state), cluster.Network(), false, report)
 	if err != nil {
 		return err
 	}
