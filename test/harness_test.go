@@ -51,9 +51,14 @@ func newSite(t testing.TB) *site {
 
 func (s *site) path(name string) string { return filepath.Join(s.dir, name) }
 
-// command is krgimage with the arguments, in the site's directory.
+// command is krgimage with the arguments, in the site's directory. Arguments
+// that begin with "ip" are a whole command line: krgimage in a namespace.
 func (s *site) command(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, s.bin, args...)
+	program := s.bin
+	if args[0] == "ip" {
+		program, args = args[0], args[1:]
+	}
+	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Dir = s.dir
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 20 * time.Second

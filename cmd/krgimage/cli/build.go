@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"os"
 	"strings"
 
@@ -79,7 +80,7 @@ func (a *app) build(ctx context.Context, c configs.Cluster, rebuild []string, re
 	if err != nil {
 		return nil, err
 	}
-	source := images.NewDebianSource(c, cache, state, epoch, a.logger())
+	source := images.NewDebianSource(c, cache, state, epoch, a.logger(slog.LevelWarn))
 	defer source.Close()
 	return images.Build(ctx, images.BuildOptions{
 		State: state, Cluster: c, Source: source, Krg: krg, Rescue: rescue, Links: commandLinks(),

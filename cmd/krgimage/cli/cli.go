@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -86,7 +87,7 @@ Start with:
 		Version:       version.Version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args:          cobra.NoArgs,
+		Args:          knownCommand,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SetIn(s.In)
@@ -146,9 +147,8 @@ func (a *app) cache() (string, error) {
 	return filepath.Join(dir, "krgimage"), nil
 }
 
-// logger logs to the error stream: warnings always, the rest with --verbose.
-func (a *app) logger() *slog.Logger {
-	level := slog.LevelWarn
+// logger logs to the error stream from the level on; everything with --verbose.
+func (a *app) logger(level slog.Level) *slog.Logger {
 	if a.verbose {
 		level = slog.LevelDebug
 	}
@@ -170,6 +170,19 @@ func (a *app) reporter(asJSON bool) *progress.Reporter {
 func isTerminal(w any) bool {
 	f, ok := w.(*os.File)
 	return ok && term.IsTerminal(int(f.Fd()))
+}
+
+// knownCommand refuses the name of a command that doesn't exist.
+func knownCommand(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	hint := ""
+	cmd.SuggestionsMinimumDistance = 2
+	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+		hint = fmt.Sprintf("did you mean %s? ", strings.Join(near, " or "))
+	}
+	return usageError{fmt.Errorf("there is no command %q; %ssee '%s --help'", args[0], hint, cmd.CommandPath())}
 }
 
 // noArgs is cobra.NoArgs with a message that says what to do.

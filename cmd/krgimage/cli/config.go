@@ -63,7 +63,7 @@ func (a *app) configCommand() *cobra.Command {
 		Use:   "config",
 		Short: "Show or check the configuration",
 		Long:  "Show the configuration with all defaults, check it, or print its JSON schema.",
-		Args:  noArgs,
+		Args:  knownCommand,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(show, check, schema)

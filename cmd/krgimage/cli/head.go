@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -34,10 +35,19 @@ func (h *headNode) Close() {
 	}
 }
 
+// headOptions say how a command runs the head node.
+type headOptions struct {
+	command string // its name
+	state   string // directory of its node table
+	network head.Network
+	force   bool // serve beside another DHCP server
+	log     *slog.Logger
+	report  *progress.Reporter
+}
+
 // openHead brings the shared root up to the image and makes the head node that
-// serves both. Its node table is in headState. Only one head serves the shared
-// root of a state directory.
-func (a *app) openHead(ctx context.Context, c configs.Cluster, im *images.Image, command, headState string, network head.Network, force bool, report *progress.Reporter) (_ *headNode, err error) {
+// serves both. Only one head serves the shared root of a state directory.
+func (a *app) openHead(ctx context.Context, c configs.Cluster, im *images.Image, o headOptions) (_ *headNode, err error) {
 	state, err := a.state()
 	if err != nil {
 		return nil, err
@@ -48,13 +58,13 @@ func (a *app) openHead(ctx context.Context, c configs.Cluster, im *images.Image,
 			h.Close()
 		}
 	}()
-	unlock, err := images.Lock(filepath.Join(state, "head", "lock"), command)
+	unlock, err := images.Lock(filepath.Join(state, "head", "lock"), o.command)
 	if err != nil {
 		return nil, err
 	}
 	h.close = append(h.close, unlock)
 
-	if h.root, err = a.syncRoot(ctx, c, state, im, report); err != nil {
+	if h.root, err = a.syncRoot(ctx, c, state, im, o); err != nil {
 		return nil, err
 	}
 	key, err := nfs.LoadKey(filepath.Join(state, "head", "nfs.key"))
@@ -66,7 +76,7 @@ func (a *app) openHead(ctx context.Context, c configs.Cluster, im *images.Image,
 	server, err := nfs.New(nfs.Config{
 		Exports:   []nfs.Export{{Path: "/", Dir: h.root.Dir}},
 		HandleKey: key,
-		Log:       a.logger(),
+		Log:       o.log,
 		Allow:     func(addr netip.Addr) bool { return registry(addr) },
 	})
 	if err != nil {
@@ -74,7 +84,7 @@ func (a *app) openHead(ctx context.Context, c configs.Cluster, im *images.Image,
 	}
 	h.close = append(h.close, func() { server.Close() })
 	h.Head, err = head.New(head.Config{
-		Cluster: c, NFS: server, StateDir: headState, Network: network, Force: force, Log: a.logger(),
+		Cluster: c, NFS: server, StateDir: o.state, Network: o.network, Force: o.force, Log: o.log,
 		Image: head.Image{Kernel: im.Path(images.KernelFile), Initramfs: im.Path(images.InitramfsFile), LoaderDir: im.Path(images.LoaderDir)},
 	})
 	if err != nil {
@@ -111,7 +121,7 @@ func checkedImage(state string, report *progress.Reporter) (*images.Image, error
 }
 
 // syncRoot brings the shared root up to the image and the configuration.
-func (a *app) syncRoot(ctx context.Context, c configs.Cluster, state string, im *images.Image, report *progress.Reporter) (live.Root, error) {
+func (a *app) syncRoot(ctx context.Context, c configs.Cluster, state string, im *images.Image, o headOptions) (live.Root, error) {
 	_, public, err := clientKey(state)
 	if err != nil {
 		return live.Root{}, err
@@ -123,8 +133,8 @@ func (a *app) syncRoot(ctx context.Context, c configs.Cluster, state string, im 
 		Cluster:   c,
 		ExtraKeys: []string{public},
 		Hosts:     hosts(c),
-		Log:       a.logger(),
-	}, report)
+		Log:       o.log,
+	}, o.report)
 	if err != nil {
 		return live.Root{}, err
 	}

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"fmt"
+	"log/slog"
 
 	"github.com/spf13/cobra"
 
@@ -43,16 +44,18 @@ same.`,
 			if err != nil {
 				return err
 			}
-			report := a.reporter(false)
+			log, report := a.logger(slog.LevelInfo), a.reporter(false)
 			im, err := checkedImage(state, report)
 			if err != nil {
 				return err
 			}
-			network, err := head.OpenLink(c.Network, a.logger())
+			network, err := head.OpenLink(c.Network, log)
 			if err != nil {
 				return err
 			}
-			h, err := a.openHead(ctx, c, im, "serve", state, network, force, report)
+			h, err := a.openHead(ctx, c, im, headOptions{
+				command: "serve", state: state, network: network, force: force, log: log, report: report,
+			})
 			if err != nil {
 				return err
 			}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"log/slog"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -190,7 +191,7 @@ func (a *app) runTrial(ctx context.Context, c configs.Cluster, f trialFlags) err
 		Dir: trialDir(state), Session: c.SessionID, Machines: machines,
 		Memory: int64(c.Trial.Memory), CPUs: c.Trial.CPUs, UEFI: f.uefi,
 		Head: netip.PrefixFrom(c.Network.Head, c.Network.Subnet.Bits()), Capture: capture,
-		Grace: 10 * time.Second, Out: a.Out, Style: style, Log: a.logger(),
+		Grace: 10 * time.Second, Out: a.Out, Style: style, Log: a.logger(slog.LevelWarn),
 		Ready: func(r trial.Report) {
 			if f.detached == "" && !f.asJSON {
 				a.printReady(c, r)
@@ -205,7 +206,9 @@ func (a *app) runTrial(ctx context.Context, c configs.Cluster, f trialFlags) err
 	if style != progress.JSON {
 		fmt.Fprintf(a.Out, "QEMU runs with %s: %s\n", cluster.Accel().Name, cluster.Accel().Reason)
 	}
-	h, err := a.openHead(ctx, c, im, "trial", trialDir(state), cluster.Network(), false, report)
+	h, err := a.openHead(ctx, c, im, headOptions{
+		command: "trial", state: trialDir(state), network: cluster.Network(), log: a.logger(slog.LevelWarn), report: report,
+	})
 	if err != nil {
 		return err
 	}
