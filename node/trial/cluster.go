@@ -254,22 +254,23 @@ func (c *Cluster) startAll(ctx context.Context) error {
 	return group.Wait()
 }
 
-// stopAll switches all machines off: by their power button when there is time,
-// then by cutting the power.
+// pressAgain is how long a machine may ignore its power button: one that is
+// still starting has nobody listening to it yet.
+const pressAgain = 2 * time.Second
+
+// stopAll switches all machines off: by their power button when there is time
+// and something to lose, then by cutting the power.
 func (c *Cluster) stopAll(ctx context.Context) {
-	if c.opt.Grace > 0 {
-		ctx, cancel := context.WithTimeout(ctx, c.opt.Grace)
-		defer cancel()
-		var group sync.WaitGroup
-		for _, n := range c.nodes {
-			group.Go(func() {
-				if n.Powerdown(ctx) == nil {
-					n.Wait(ctx)
-				}
-			})
+	ctx, cancel := context.WithTimeout(ctx, c.opt.Grace)
+	defer cancel()
+	var group sync.WaitGroup
+	for _, r := range c.Report().Nodes {
+		// Before a machine has its root mounted there is nothing it could lose.
+		if n := c.Node(r.ID); slices.ContainsFunc(r.Stages, func(s StageTime) bool { return s.Stage == "root" }) {
+			group.Go(func() { n.pressUntilOff(ctx) })
 		}
-		group.Wait()
 	}
+	group.Wait()
 	for _, n := range c.nodes {
 		n.Kill()
 	}

@@ -135,6 +135,18 @@ func (n *Node) event(e qmpEvent) {
 // it.
 func (n *Node) Powerdown(ctx context.Context) error { return n.command(ctx, "system_powerdown", nil) }
 
+// pressUntilOff presses the power button until the machine is off or ctx ends.
+func (n *Node) pressUntilOff(ctx context.Context) {
+	for ctx.Err() == nil && n.Powerdown(ctx) == nil {
+		wait, cancel := context.WithTimeout(ctx, pressAgain)
+		err := n.Wait(wait)
+		cancel()
+		if err == nil {
+			return
+		}
+	}
+}
+
 // Reset presses the reset button: the machine boots again at once.
 func (n *Node) Reset(ctx context.Context) error { return n.command(ctx, "system_reset", nil) }
 

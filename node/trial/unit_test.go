@@ -365,6 +365,47 @@ func TestProcessEnd(t *testing.T) {
 	}
 }
 
+// TestChildDiesWithParent kills a process that has a child: this test again.
+func TestChildDiesWithParent(t *testing.T) {
+	if os.Getenv("TRIAL_TEST_PARENT") != "" {
+		c, err := startChild(exec.Command("sleep", "1000"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := identify(c.pid())
+		if err != nil {
+			t.Fatal(err)
+		}
+		json.NewEncoder(os.Stdout).Encode(p)
+		<-c.done
+		return
+	}
+	parent := exec.Command(os.Args[0], "-test.run=^TestChildDiesWithParent$")
+	parent.Env = append(os.Environ(), "TRIAL_TEST_PARENT=1")
+	out, err := parent.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := parent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var p Process
+	if err := json.NewDecoder(out).Decode(&p); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := p.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	parent.Process.Kill()
+	parent.Wait()
+	ms := int(patience.Milliseconds())
+	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, ms); n != 1 {
+		t.Errorf("the child outlives its parent: %v", err)
+	}
+}
+
 func TestSSHPorts(t *testing.T) {
 	machines := []Machine{{ID: 1}, {ID: 2}}
 	first, err := listenSSH(machines, nil)
