@@ -35,7 +35,7 @@ func OpenConsole() *Console {
 	var outs []io.Writer
 	for _, name := range Devices() {
 		if f, err := os.OpenFile(name, os.O_WRONLY|unix.O_NOCTTY, 0); err == nil {
-			outs = append(outs, crlf{f})
+			outs = append(outs, f)
 		}
 	}
 	if f, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0); err == nil {
@@ -103,14 +103,6 @@ func (c *Console) Flush(d time.Duration) {
 	case <-done:
 	case <-t.C:
 	}
-}
-
-// crlf is for a terminal whose line discipline may be in raw mode.
-type crlf struct{ w io.Writer }
-
-func (c crlf) Write(p []byte) (int, error) {
-	_, err := c.w.Write(bytes.ReplaceAll(p, []byte("\n"), []byte("\r\n")))
-	return len(p), err
 }
 
 // kmsg writes records at level debug: they stay in dmesg, and the kernel

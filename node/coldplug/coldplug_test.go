@@ -162,6 +162,24 @@ func TestWalk(t *testing.T) {
 	}
 }
 
+func TestLoadStopsAtFailedDependency(t *testing.T) {
+	l := NewLoader(testIndex(t), "/m")
+	var inserted []string
+	l.insert = func(file string) error {
+		inserted = append(inserted, moduleName(file))
+		if moduleName(file) == "net_failover" {
+			return unix.ENOEXEC
+		}
+		return nil
+	}
+	if err := l.Load("virtio_net"); !errors.Is(err, unix.ENOEXEC) {
+		t.Errorf("Load = %v, want the dependency's error", err)
+	}
+	if got, want := strings.Join(inserted, " "), "failover net_failover"; got != want {
+		t.Errorf("inserted %q, want %q", got, want)
+	}
+}
+
 func TestParseEvent(t *testing.T) {
 	e, ok := ParseEvent([]byte("add@/devices/virtual/input/input3\x00ACTION=add\x00SUBSYSTEM=input\x00MODALIAS=input:b0\x00junk\x00"))
 	want := Event{Action: "add", Path: "/devices/virtual/input/input3", Env: map[string]string{"ACTION": "add", "SUBSYSTEM": "input", "MODALIAS": "input:b0"}}

@@ -74,13 +74,20 @@ func (l *Loader) Load(name string) error {
 	return first
 }
 
-// once inserts one file unless that was tried before. The caller holds mu.
+// once inserts one file unless that was tried before, or a module it needs
+// failed. The caller holds mu and has had those tried.
 func (l *Loader) once(file string) error {
-	err, ok := l.done[file]
-	if !ok {
-		err = l.insert(filepath.Join(l.dir, file))
-		l.done[file] = err
+	if err, ok := l.done[file]; ok {
+		return err
 	}
+	var err error
+	for _, dep := range l.index.modules[moduleName(file)].deps {
+		err = errors.Join(err, l.done[dep])
+	}
+	if err == nil {
+		err = l.insert(filepath.Join(l.dir, file))
+	}
+	l.done[file] = err
 	return err
 }
 

@@ -106,10 +106,7 @@ func (k *Keeper) askUDP(ctx context.Context, l Lease, all bool) (Lease, error) {
 	if err != nil {
 		return Lease{}, err
 	}
-	request, err := renewal(l, mac)
-	if err != nil {
-		return Lease{}, err
-	}
+	request := renewal(l, mac)
 	to := broadcast
 	if !all && l.Server.IsValid() {
 		to = &net.UDPAddr{IP: l.Server.AsSlice(), Port: dhcpv4.ServerPort}
@@ -124,12 +121,6 @@ func (k *Keeper) askUDP(ctx context.Context, l Lease, all bool) (Lease, error) {
 // renewal makes the REQUEST of the RENEWING and REBINDING states: the address
 // in ciaddr, neither a server identifier nor a requested address (RFC 2131,
 // section 4.3.2).
-func renewal(l Lease, mac net.HardwareAddr) (*dhcpv4.DHCPv4, error) {
-	return dhcpv4.New(
-		dhcpv4.WithHwAddr(mac),
-		dhcpv4.WithMessageType(dhcpv4.MessageTypeRequest),
-		dhcpv4.WithClientIP(l.Address.Addr().AsSlice()),
-		dhcpv4.WithRequestedOptions(wanted...),
-		dhcpv4.WithOption(dhcpv4.OptClassIdentifier(vendorClass)),
-	)
+func renewal(l Lease, mac net.HardwareAddr) *dhcpv4.DHCPv4 {
+	return message(mac, newXID(mac), dhcpv4.MessageTypeRequest, dhcpv4.WithClientIP(l.Address.Addr().AsSlice()))
 }

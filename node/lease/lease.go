@@ -8,10 +8,14 @@
 package lease
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"strings"
@@ -19,6 +23,7 @@ import (
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
 	"github.com/insomniacslk/dhcp/dhcpv4/nclient4"
+	"github.com/insomniacslk/dhcp/iana"
 )
 
 // OptionHeadURL carries the head's URL as ASCII. 224 is the first of the
@@ -168,11 +173,8 @@ func (c *Client) Acquire(ctx context.Context, timeout time.Duration) (Lease, err
 	defer stop()
 	began := time.Now()
 
-	discover, err := dhcpv4.NewDiscovery(c.MAC, dhcpv4.WithBroadcast(true), dhcpv4.WithRequestedOptions(wanted...),
-		dhcpv4.WithOption(dhcpv4.OptClassIdentifier(vendorClass)), dhcpv4.WithOption(dhcpv4.OptMaxMessageSize(1472)))
-	if err != nil {
-		return Lease{}, err
-	}
+	xid := newXID(c.MAC)
+	discover := message(c.MAC, xid, dhcpv4.MessageTypeDiscover, dhcpv4.WithBroadcast(true))
 	var offer *dhcpv4.DHCPv4
 	err = exchange(conn, discover, broadcast, began.Add(timeout/2), func(p *dhcpv4.DHCPv4) bool {
 		if p.MessageType() != dhcpv4.MessageTypeOffer || !addr(p.YourIPAddr).IsValid() {
@@ -194,11 +196,9 @@ func (c *Client) Acquire(ctx context.Context, timeout time.Duration) (Lease, err
 		return Lease{}, fmt.Errorf("DHCP on %s: %w", c.Interface, err)
 	}
 
-	request, err := dhcpv4.NewRequestFromOffer(offer, dhcpv4.WithBroadcast(true), dhcpv4.WithRequestedOptions(wanted...),
-		dhcpv4.WithOption(dhcpv4.OptClassIdentifier(vendorClass)))
-	if err != nil {
-		return Lease{}, err
-	}
+	request := message(c.MAC, xid, dhcpv4.MessageTypeRequest, dhcpv4.WithBroadcast(true),
+		dhcpv4.WithOption(dhcpv4.OptRequestedIPAddress(offer.YourIPAddr)),
+		dhcpv4.WithOptionCopied(offer, dhcpv4.OptionServerIdentifier))
 	ack, err := requestLease(conn, request, broadcast, began.Add(timeout))
 	if ctx.Err() != nil {
 		return Lease{}, ctx.Err()
@@ -207,6 +207,35 @@ func (c *Client) Acquire(ctx context.Context, timeout time.Duration) (Lease, err
 		return Lease{}, fmt.Errorf("DHCP on %s, offer of %s from %s: %w", c.Interface, offer.YourIPAddr, offer.ServerIdentifier(), err)
 	}
 	return fromACK(ack, c.Interface, c.Uptime())
+}
+
+// message makes a request of the kind t. The package dhcpv4's own makers wait
+// for the kernel's random number generator, which on a machine without a
+// hardware source takes minutes to get ready when nothing else happens.
+func message(mac net.HardwareAddr, xid dhcpv4.TransactionID, t dhcpv4.MessageType, modifiers ...dhcpv4.Modifier) *dhcpv4.DHCPv4 {
+	d := &dhcpv4.DHCPv4{
+		OpCode: dhcpv4.OpcodeBootRequest, HWType: iana.HWTypeEthernet, ClientHWAddr: mac, TransactionID: xid,
+		ClientIPAddr: net.IPv4zero, YourIPAddr: net.IPv4zero, ServerIPAddr: net.IPv4zero, GatewayIPAddr: net.IPv4zero,
+		Options: dhcpv4.Options{},
+	}
+	for _, m := range append(modifiers, dhcpv4.WithMessageType(t), dhcpv4.WithRequestedOptions(wanted...),
+		dhcpv4.WithOption(dhcpv4.OptClassIdentifier(vendorClass)), dhcpv4.WithOption(dhcpv4.OptMaxMessageSize(maxMessage))) {
+		m(d)
+	}
+	return d
+}
+
+// maxMessage is a DHCP message that fits an Ethernet frame.
+const maxMessage = 1472
+
+// newXID needn't be secret, only different from those of other nodes that boot
+// at the same moment with the same lack of randomness.
+func newXID(mac net.HardwareAddr) dhcpv4.TransactionID {
+	h := fnv.New32a()
+	_, _ = h.Write(mac)
+	var xid dhcpv4.TransactionID
+	binary.BigEndian.PutUint32(xid[:], h.Sum32()^rand.Uint32())
+	return xid
 }
 
 var errTimeout = errors.New("no answer")
@@ -267,7 +296,8 @@ func exchange(conn net.PacketConn, p *dhcpv4.DHCPv4, to net.Addr, deadline time.
 			return err
 		}
 		reply := parse(buf[:n])
-		if reply == nil || reply.OpCode != dhcpv4.OpcodeBootReply || reply.TransactionID != p.TransactionID {
+		if reply == nil || reply.OpCode != dhcpv4.OpcodeBootReply || reply.TransactionID != p.TransactionID ||
+			!bytes.Equal(reply.ClientHWAddr, p.ClientHWAddr) {
 			continue
 		}
 		if accept(reply) {

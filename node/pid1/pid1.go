@@ -22,6 +22,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -49,7 +50,8 @@ type machine struct {
 	unit     atomic.Pointer[supervise.Unit] // the container; nil until it is started
 	stopUnit context.CancelFunc             // nil until the container was started
 	unitDone <-chan struct{}
-	down     chan Down // the first wish to go down; later ones are dropped
+	ready    chan struct{} // closed when the container's sshd answered for the first time
+	down     chan Down     // the first wish to go down; later ones are dropped
 }
 
 // Down is a wish to stop the node.
@@ -64,7 +66,7 @@ func Main(version string) {
 	signal.Notify(everything) // Go's default for most signals is to exit
 	console := bootlog.OpenConsole()
 	log := slog.New(bootlog.NewHandler(console, slog.LevelInfo, bootlog.Uptime))
-	m := &machine{console: console, log: log, reaper: supervise.NewReaper(true), down: make(chan Down, 1)}
+	m := &machine{console: console, log: log, reaper: supervise.NewReaper(true), ready: make(chan struct{}), down: make(chan Down, 1)}
 
 	bg, stop := context.WithCancel(context.Background())
 	m.background(bg, "reaper", m.reaper.ReapAll)
@@ -195,6 +197,11 @@ func (m *machine) keepLease(ctx context.Context) error {
 	return k.Keep(ctx, m.hand.Lease)
 }
 
+// driverPatience is how long the remaining drivers wait for the node to be
+// ready. They are many (graphics, sound, sensors) and take seconds of CPU time
+// that the first login can use better.
+const driverPatience = 30 * time.Second
+
 // drivers loads what the root has for this machine's devices, now and as
 // devices appear. Its files are on the file server, so it may hang with it.
 func (m *machine) drivers(ctx context.Context) error {
@@ -216,6 +223,16 @@ func (m *machine) drivers(ctx context.Context) error {
 		if err != nil {
 			m.log.Warn("some drivers don't load", "err", err)
 		}
+	}
+	for _, name := range []string{"button", "evdev"} { // for powerButton
+		if err := loader.Load(name); err != nil && !errors.Is(err, coldplug.ErrNoModule) {
+			m.log.Warn("the power button may not work", "err", err)
+		}
+	}
+	select {
+	case <-ctx.Done():
+	case <-m.ready:
+	case <-time.After(driverPatience):
 	}
 	walk()
 	return listener.Run(ctx, func(e coldplug.Event) {
@@ -257,6 +274,7 @@ func (m *machine) startContainer(bg context.Context) error {
 	m.unit.Store(unit)
 	m.stopUnit = stopUnit
 	m.unitDone = m.background(unitCtx, "container", unit.Run)
+	var first sync.Once
 	m.background(bg, "ready", func(ctx context.Context) error {
 		for {
 			select {
@@ -269,6 +287,7 @@ func (m *machine) startContainer(bg context.Context) error {
 				return nil
 			}
 			m.timeline.Reached(bootlog.StageReady, banner)
+			first.Do(func() { close(m.ready) })
 		}
 	})
 	return nil

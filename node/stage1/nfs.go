@@ -120,7 +120,7 @@ const dialTimeout = 5 * time.Second
 
 // mountRoot mounts src at dir and tries for ever, saying so each time.
 func mountRoot(ctx context.Context, log *slog.Logger, src source, dir string) error {
-	wait := retry.Backoff{Min: time.Second, Max: 30 * time.Second, Jitter: 0.5}
+	wait := retry.Backoff{Min: time.Second, Max: 15 * time.Second, Jitter: 0.5}
 	return retry.Do(ctx, retry.System{}, wait, func(ctx context.Context, attempt int) error {
 		target := netip.AddrPortFrom(src.server, uint16(src.port)).String()
 		conn, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "tcp4", target)

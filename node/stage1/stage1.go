@@ -56,6 +56,7 @@ func Main(version string) {
 	signal.Notify(make(chan os.Signal, 1)) // Go's default for most signals is to exit
 	mountErr := mountKernelFS()
 	useConsole()
+	go awaitRandom()
 	console := bootlog.OpenConsole()
 	log := slog.New(bootlog.NewHandler(console, slog.LevelInfo, bootlog.Uptime))
 	b := &boot{
@@ -146,8 +147,12 @@ func (b *boot) drivers(ctx context.Context) error {
 					case e.Action == "":
 						walk()
 					case e.Action == "add" && e.Env["MODALIAS"] != "":
-						if loaded, err := loader.Plug(e.Env["MODALIAS"]); err != nil || len(loaded) > 0 {
-							b.log.Info("new device", "drivers", strings.Join(loaded, " "), "path", e.Path, "err", err)
+						loaded, err := loader.Plug(e.Env["MODALIAS"])
+						if err != nil {
+							b.log.Warn("driver of a new device doesn't load", "path", e.Path, "err", err)
+						}
+						if len(loaded) > 0 {
+							b.log.Info("drivers of a new device: " + strings.Join(loaded, " "))
 						}
 					}
 				})
@@ -340,6 +345,14 @@ func mountKernelFS() error {
 		}
 	}
 	return os.MkdirAll(settings.RunDir, 0o755)
+}
+
+// awaitRandom makes the kernel fill its random number generator. Without a
+// hardware source it starts to do so only when somebody waits for it
+// (try_to_generate_entropy in drivers/char/random.c), and sshd soon would.
+func awaitRandom() {
+	var b [1]byte
+	_, _ = unix.Getrandom(b[:], 0)
 }
 
 // useConsole makes /dev/console the standard streams: an init started without
