@@ -183,7 +183,7 @@ func pristine(root *os.Root, c configs.Cluster) error {
 			return err
 		}
 	}
-	motd := fmt.Sprintf("Cluster %s, Kerrighed session %d: one system on all nodes.\nNodes: krgadm nodes    Capabilities: krgcapset --show    Files of /home are the same everywhere.\n", c.Name, c.SessionID)
+	motd := fmt.Sprintf("Cluster %s, session %d. The files are the same on every node; 'krg node' tells which one this is.\n", c.Name, c.SessionID)
 	for _, f := range []struct{ name, text string }{
 		{"etc/fstab", "# The nodes mount this root over NFS at boot; nothing is mounted from here.\n"},
 		{"etc/motd", motd},
