@@ -142,7 +142,7 @@ func (s *DebianSource) Loaders(ctx context.Context, dst string, step *progress.S
 	}
 	for _, file := range loaderFiles {
 		if err := os.Rename(filepath.Join(tmp, file), filepath.Join(dst, path.Base(file))); err != nil {
-			return nil, fmt.Errorf("Debian's boot loader packages don't have %s: %w", file, err)
+			return nil, fmt.Errorf("no %s in Debian's boot loader packages: %w", file, err)
 		}
 	}
 	return list, nil
