@@ -194,8 +194,8 @@ func pristine(root *os.Root, c configs.Cluster) error {
 	}
 	// Each node has its own in its own /run.
 	for _, l := range []struct{ name, target string }{
-		{"etc/resolv.conf", "/run/resolv.conf"},
-		{"etc/machine-id", "/run/machine-id"},
+		{"etc/resolv.conf", "/run/krg/resolv.conf"},
+		{"etc/machine-id", "/run/krg/machine-id"},
 		{"etc/mtab", "../proc/self/mounts"},
 	} {
 		if err := replaceLink(root, l.target, l.name); err != nil {
