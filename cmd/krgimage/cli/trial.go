@@ -1,9 +1,7 @@
 package cli
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,11 +9,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strconv"
-	"sync"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -123,26 +117,6 @@ func (f *trialFlags) apply(c *configs.Cluster, cmd *cobra.Command) error {
 	return c.Validate()
 }
 
-// args are the flags for the process that --keep leaves behind.
-func (f *trialFlags) args(style progress.Style) []string {
-	args := []string{"trial", "--detached", map[progress.Style]string{progress.Terminal: "terminal", progress.JSON: "json"}[style]}
-	if style == progress.Plain {
-		args[2] = "plain"
-	}
-	add := func(given bool, name, value string) {
-		if given {
-			args = append(args, "--"+name+"="+value)
-		}
-	}
-	add(f.nodes != 0, "nodes", strconv.Itoa(f.nodes))
-	add(f.memory != "", "memory", f.memory)
-	add(f.cpus != 0, "cpus", strconv.Itoa(f.cpus))
-	add(f.uefi, "uefi", "true")
-	add(f.console, "console", "true")
-	add(f.capture != "", "pcap", f.capture)
-	return args
-}
-
 // style is how the machines' progress is shown.
 func (f *trialFlags) style(a *app) progress.Style {
 	switch {
@@ -162,8 +136,8 @@ func (a *app) runTrial(ctx context.Context, c configs.Cluster, f trialFlags) err
 	if err != nil {
 		return err
 	}
-	if _, err := trial.Status(ctx, trialDir(state)); err == nil {
-		return fmt.Errorf("%w on this state directory: 'krgimage ssh' logs in, 'krgimage trial stop' ends it", trial.ErrRunning)
+	if err := refuseSecondTrial(ctx, state); err != nil {
+		return err
 	}
 	style := f.style(a)
 	report := progress.New(a.Out, style)
@@ -257,109 +231,6 @@ func (h trialHead) Watch(ctx context.Context) iter.Seq[trial.Boot] {
 	}
 }
 
-// keepTrial starts the trial in a process of its own that outlives this one,
-// shows its progress, and returns when the cluster is ready.
-func (a *app) keepTrial(ctx context.Context, c configs.Cluster, f trialFlags) error {
-	state, err := a.state()
-	if err != nil {
-		return err
-	}
-	dir := trialDir(state)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return fmt.Errorf("make the state directory: %w", err)
-	}
-	if _, err := trial.Status(ctx, dir); err == nil {
-		return fmt.Errorf("%w on this state directory: 'krgimage ssh' logs in, 'krgimage trial stop' ends it", trial.ErrRunning)
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	logFile := filepath.Join(dir, "trial.log")
-	log, err := os.Create(logFile)
-	if err != nil {
-		return err
-	}
-	defer log.Close()
-	global := []string{"--config", a.configFile, "--state", state}
-	if a.cacheDir != "" {
-		global = append(global, "--cache", a.cacheDir)
-	}
-	if a.verbose {
-		global = append(global, "--verbose")
-	}
-	child := exec.Command(self, append(global, f.args(f.style(a))...)...)
-	child.Stdout, child.Stderr = log, log
-	child.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := child.Start(); err != nil {
-		return fmt.Errorf("start the trial: %w", err)
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- child.Wait() }()
-
-	shown := tail{file: logFile, out: a.Out}
-	defer shown.copy()
-	poll := time.NewTicker(200 * time.Millisecond)
-	defer poll.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
-			defer cancel()
-			err := child.Process.Signal(syscall.SIGTERM)
-			select {
-			case <-ended:
-			case <-stop.Done():
-				err = errors.Join(err, child.Process.Kill())
-			}
-			return errors.Join(ctx.Err(), err)
-		case err := <-ended:
-			shown.copy()
-			if err == nil {
-				return errors.New("the trial has stopped before it was ready")
-			}
-			return exitError(1) // it has said why, in the log that was shown
-		case <-poll.C:
-			shown.copy()
-			report, err := trial.Status(ctx, dir)
-			if err == nil && allReady(report) {
-				shown.copy()
-				if !f.asJSON {
-					a.printReady(c, report)
-					fmt.Fprintln(a.Out, "'krgimage trial stop' stops the cluster")
-				}
-				return nil
-			}
-		}
-	}
-}
-
-// tail copies what was added to a file.
-type tail struct {
-	file string
-	out  io.Writer
-	at   int64
-}
-
-func (t *tail) copy() {
-	f, err := os.Open(t.file)
-	if err != nil {
-		return
-	}
-	defer f.Close()
-	n, _ := io.Copy(t.out, io.NewSectionReader(f, t.at, 1<<30))
-	t.at += n
-}
-
-func allReady(r trial.Report) bool {
-	for _, n := range r.Nodes {
-		if n.Stage != "ready" {
-			return false
-		}
-	}
-	return len(r.Nodes) > 0
-}
-
 // printReady says how to get in.
 func (a *app) printReady(c configs.Cluster, r trial.Report) {
 	state, err := a.state()
@@ -376,154 +247,4 @@ func (a *app) printReady(c configs.Cluster, r trial.Report) {
 			n.ID, n.Hostname, n.SSHPort(), filepath.Join(state, "ssh", "id_ed25519"), hostAlias, knownHosts(state), user, n.SSHHost())
 	}
 	fmt.Fprintln(a.Out, "'krgimage ssh' does the same; 'krgimage ssh --user root 2' is root on node 2")
-}
-
-// showConsoles prints the machines' serial lines with their names before them.
-func (a *app) showConsoles(ctx context.Context, cluster *trial.Cluster) {
-	var mu sync.Mutex
-	for _, n := range cluster.Nodes() {
-		out := &prefixWriter{mu: &mu, out: a.Out, prefix: n.Machine().Hostname + "| "}
-		go n.Console().Attach(ctx, readWriter{blocked{ctx}, out})
-	}
-}
-
-type readWriter struct {
-	io.Reader
-	io.Writer
-}
-
-// blocked is an input on which nobody types.
-type blocked struct{ ctx context.Context }
-
-func (b blocked) Read([]byte) (int, error) {
-	<-b.ctx.Done()
-	return 0, io.EOF
-}
-
-// prefixWriter puts a prefix before each line, and writes whole lines only.
-type prefixWriter struct {
-	mu     *sync.Mutex
-	out    io.Writer
-	prefix string
-	line   []byte
-}
-
-func (w *prefixWriter) Write(p []byte) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.line = append(w.line, p...)
-	for {
-		i := bytes.IndexByte(w.line, '\n')
-		if i < 0 {
-			return len(p), nil
-		}
-		fmt.Fprintf(w.out, "%s%s\n", w.prefix, bytes.TrimRight(w.line[:i], "\r"))
-		w.line = w.line[i+1:]
-	}
-}
-
-func (a *app) trialStatusCommand() *cobra.Command {
-	var asJSON bool
-	cmd := &cobra.Command{
-		Use:   "status",
-		Short: "Show the machines of the running trial",
-		Args:  noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			state, err := a.state()
-			if err != nil {
-				return err
-			}
-			r, err := trial.Status(cmd.Context(), trialDir(state))
-			if err != nil {
-				return err
-			}
-			if asJSON {
-				enc := json.NewEncoder(a.Out)
-				enc.SetIndent("", "  ")
-				return enc.Encode(r)
-			}
-			fmt.Fprintf(a.Out, "trial of process %d with %s\n", r.PID, r.Accel.Name)
-			for _, n := range r.Nodes {
-				fmt.Fprintf(a.Out, "  node %-3d %-12s %-15s %-10s %6.1f s  ssh port %d  %s\n", n.ID, n.Hostname, n.Address, n.Stage, n.Seconds, n.SSHPort(), n.Detail)
-			}
-			return nil
-		},
-	}
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
-	return cmd
-}
-
-func (a *app) trialStopCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:   "stop",
-		Short: "Stop the running trial",
-		Long:  "Shut the machines of the running trial down and end its head node.",
-		Args:  noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			state, err := a.state()
-			if err != nil {
-				return err
-			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
-			defer cancel()
-			if err := trial.Stop(ctx, trialDir(state)); err != nil {
-				return err
-			}
-			fmt.Fprintln(a.Out, "the cluster is stopped")
-			return nil
-		},
-	}
-}
-
-func (a *app) trialConsoleCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:   "console [node]",
-		Short: "Attach to the serial console of a machine of the trial",
-		Long:  "Show the serial console of a machine (default: 1) and type on it. End it with Ctrl-C.",
-		Args:  cobra.MaximumNArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			state, err := a.state()
-			if err != nil {
-				return err
-			}
-			node := 1
-			if len(args) > 0 {
-				if node, err = strconv.Atoi(args[0]); err != nil {
-					return usageError{fmt.Errorf("%q is no node id", args[0])}
-				}
-			}
-			return trial.AttachConsole(cmd.Context(), trialDir(state), node, a.In, a.Out)
-		},
-	}
-}
-
-// powerActions are what `trial power` can do to a machine.
-var powerActions = []string{"start", "powerdown", "reset", "kill", "pause", "resume", "unplug", "plug"}
-
-func (a *app) trialPowerCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:   "power node action",
-		Short: "Press the buttons of a machine of the trial, or pull its cable",
-		Long: `Act on one machine from outside, to see how the cluster takes it:
-  powerdown  press the power button: the node shuts down by itself
-  start      switch it on again
-  reset      press the reset button
-  kill       cut its power
-  pause      stop its processors; resume lets them go on
-  unplug     pull its network cable; plug puts it back`,
-		Example:   "  krgimage trial power 2 kill\n  krgimage trial power 2 start",
-		Args:      cobra.ExactArgs(2),
-		ValidArgs: powerActions,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			state, err := a.state()
-			if err != nil {
-				return err
-			}
-			node, err := strconv.Atoi(args[0])
-			if err != nil {
-				return usageError{fmt.Errorf("%q is no node id", args[0])}
-			}
-			return trial.Control(cmd.Context(), trialDir(state), node, args[1])
-		},
-	}
 }
