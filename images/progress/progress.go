@@ -100,9 +100,14 @@ func (s *Step) Done(format string, args ...any) { s.finish("done", fmt.Sprintf(f
 // Skip finishes a step that had nothing to do, with the reason.
 func (s *Step) Skip(format string, args ...any) { s.finish("skip", fmt.Sprintf(format, args...)) }
 
-// Fail finishes the step with the error and returns it unchanged.
+// Fail finishes the step with the error and returns it unchanged. People read
+// the error once, from whoever it is returned to; JSON has it in the event.
 func (s *Step) Fail(err error) error {
-	s.finish("fail", err.Error())
+	detail := "failed"
+	if s.r.style == JSON {
+		detail = err.Error()
+	}
+	s.finish("fail", detail)
 	return err
 }
 

@@ -33,7 +33,7 @@ func TestStyles(t *testing.T) {
 		want  []string // in this order
 		not   string
 	}{
-		{"plain", Plain, []string{"✓ Debian kernel", "6.12\n", "· Firmware", "unchanged\n", "✗ Loaders", "no mirror\n"}, "linux-image"},
+		{"plain", Plain, []string{"✓ Debian kernel", "6.12\n", "· Firmware", "unchanged\n", "✗ Loaders", "failed\n"}, "no mirror"},
 		{"terminal", Terminal, []string{"  Debian kernel", "50 % of 10.0 MB", "linux-image", "\r\x1b[K✓ Debian kernel"}, ""},
 		{"json", JSON, []string{`{"event":"start","step":"Debian kernel"`, `"bytes":5000000,"total_bytes":10000000`,
 			`{"event":"done"`, `{"event":"skip"`, `"event":"fail","step":"Loaders"`, `"detail":"no mirror"`}, "\x1b"},
