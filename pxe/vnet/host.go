@@ -151,12 +151,27 @@ func (h *Host) ListenTCP(port int) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	l, err := gonet.ListenTCP(h.stack, local, ipv4.ProtocolNumber)
-	if err != nil {
-		return nil, fmt.Errorf("virtual network: listen on TCP port %d of %s: %w", port, h.addr.Addr(), err)
+	var queue waiter.Queue
+	ep, tcpErr := h.stack.NewEndpoint(tcp.ProtocolNumber, ipv4.ProtocolNumber, &queue)
+	if tcpErr == nil {
+		// As package net does: connections that linger don't hold the port.
+		ep.SocketOptions().SetReuseAddress(true)
+		if tcpErr = ep.Bind(local); tcpErr == nil {
+			tcpErr = ep.Listen(listenBacklog)
+		}
+		if tcpErr != nil {
+			ep.Close()
+		}
 	}
-	return &listener{TCPListener: l}, nil
+	if tcpErr != nil {
+		return nil, fmt.Errorf("virtual network: listen on TCP port %d of %s: %s", port, h.addr.Addr(), tcpErr)
+	}
+	return &listener{TCPListener: gonet.NewTCPListener(h.stack, &queue, ep)}, nil
 }
+
+// listenBacklog is how many connections wait to be accepted: a cluster's nodes
+// may all come at once.
+const listenBacklog = 256
 
 // ListenUDP opens a UDP socket on a port of the host, or on a free one for
 // port 0. It receives what is sent to the host and to the broadcast address,
