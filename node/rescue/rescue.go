@@ -89,30 +89,37 @@ func FindShell() string {
 	return ""
 }
 
+// opener opens a terminal anew.
+type opener func() (io.ReadWriteCloser, error)
+
 // Console offers the choices on all consoles and returns the first that was
 // made. It ends without a choice only when ctx does.
 func Console(ctx context.Context, o Options) (Action, error) {
-	var ttys []io.ReadWriter
+	var ttys []opener
 	for _, name := range bootlog.Devices() {
-		if f, err := os.OpenFile(name, os.O_RDWR|unix.O_NOCTTY, 0); err == nil {
+		ttys = append(ttys, func() (io.ReadWriteCloser, error) {
+			f, err := os.OpenFile(name, os.O_RDWR|unix.O_NOCTTY, 0)
+			if err != nil {
+				return nil, err
+			}
 			sane(f)
-			ttys = append(ttys, f)
-		}
+			return f, nil
+		})
 	}
 	return serve(ctx, o, ttys)
 }
 
 // serve is Console over any terminals. The readers of terminals where nobody
 // chose stay blocked; the node is about to go down.
-func serve(ctx context.Context, o Options, ttys []io.ReadWriter) (Action, error) {
+func serve(ctx context.Context, o Options, ttys []opener) (Action, error) {
 	if o.Run == nil {
 		o.Run = (*exec.Cmd).Run
 	}
 	chosen := make(chan Action, len(ttys))
 	var shell sync.Mutex // one shell at a time
-	for _, tty := range ttys {
+	for _, open := range ttys {
 		go func() {
-			if a, ok := talk(o, tty, &shell); ok {
+			if a, ok := talk(o, open, &shell); ok {
 				chosen <- a
 			}
 		}()
@@ -126,35 +133,54 @@ func serve(ctx context.Context, o Options, ttys []io.ReadWriter) (Action, error)
 }
 
 // talk asks on one terminal until something is chosen; false means that the
-// terminal went away.
-func talk(o Options, tty io.ReadWriter, shell *sync.Mutex) (Action, bool) {
-	fmt.Fprint(tty, banner(o))
+// terminal went away. The terminal is opened again after a shell: the kernel
+// hangs it up for everyone when the shell, its session's leader, ends.
+func talk(o Options, open opener, shell *sync.Mutex) (Action, bool) {
+	for {
+		tty, err := open()
+		if err != nil {
+			return 0, false
+		}
+		fmt.Fprint(tty, banner(o))
+		action, wantsShell, err := choose(o, tty)
+		if err != nil {
+			tty.Close()
+			return 0, false
+		}
+		if !wantsShell {
+			tty.Close()
+			return action, true
+		}
+		shell.Lock()
+		err = o.Run(shellCommand(o.Shell, tty))
+		shell.Unlock()
+		tty.Close()
+		if err != nil {
+			if tty, openErr := open(); openErr == nil {
+				fmt.Fprintf(tty, "%s: %v\n", o.Shell, err)
+				tty.Close()
+			}
+		}
+	}
+}
+
+// choose reads lines until one is a choice.
+func choose(o Options, tty io.ReadWriter) (a Action, wantsShell bool, err error) {
 	in := bufio.NewReader(tty)
 	for {
 		line, err := in.ReadString('\n')
 		if err != nil {
-			return 0, false
+			return 0, false, err
 		}
 		switch strings.ToLower(strings.TrimSpace(line)) {
 		case "r", "reboot", "retry":
-			return Reboot, true
+			return Reboot, false, nil
 		case "p", "poweroff":
-			return Poweroff, true
+			return Poweroff, false, nil
 		case "":
-			if o.Shell == "" {
-				break
+			if o.Shell != "" {
+				return 0, true, nil
 			}
-			shell.Lock()
-			err := o.Run(shellCommand(o.Shell, tty))
-			shell.Unlock()
-			if f, ok := tty.(*os.File); ok {
-				sane(f)
-			}
-			if err != nil {
-				fmt.Fprintf(tty, "%s: %v\n", o.Shell, err)
-			}
-			fmt.Fprint(tty, banner(o))
-			continue
 		}
 		fmt.Fprint(tty, choices(o))
 	}

@@ -120,7 +120,6 @@ func (u *Unit) set(state State, change func(*Status)) {
 // Run keeps the service running until ctx ends, stops it then and returns nil,
 // or an error when the process couldn't be got rid of.
 func (u *Unit) Run(ctx context.Context) error {
-	defer u.set(Stopped, func(s *Status) { s.PID = 0 })
 	// One pipe for the unit's whole life: descendants of an earlier run that
 	// still write are neither cut off nor lost.
 	r, w, err := os.Pipe()
@@ -166,6 +165,7 @@ func (u *Unit) Run(ctx context.Context) error {
 		d := wait.Next()
 		u.log.Info("service starts again", "after", d)
 		if retry.Wait(ctx, u.clock, d) != nil {
+			u.set(Stopped, nil)
 			return nil
 		}
 	}
