@@ -33,6 +33,8 @@ const (
 
 // ErrIncompleteIDs has Kerrighed's own words for a node that doesn't know its
 // session or node id; scripts that watch a serial console look for them.
+//
+//lint:ignore ST1005 the text is the original's
 var ErrIncompleteIDs = errors.New("kerrighed: incomplete session ID / node ID settings!")
 
 // Cmdline is what a node's kernel command line says.

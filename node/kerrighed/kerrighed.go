@@ -10,10 +10,9 @@ import (
 	"fmt"
 	"io"
 	"slices"
-)
 
-// Version of this krg.
-const Version = "0.1.0"
+	"krgimage/configs/version"
+)
 
 // Tool is one of Kerrighed's commands.
 type Tool struct {
@@ -100,5 +99,5 @@ func (t Tool) usage() string {
 // WriteVersion writes the version block in the form of Kerrighed's tools: the
 // program and its version, then where it comes from.
 func WriteVersion(w io.Writer, name string) {
-	fmt.Fprintf(w, "%s %s\nPart of krgimage, a single-system-image cluster with the commands of Kerrighed.\n", name, Version)
+	fmt.Fprintf(w, "%s %s\nPart of krgimage, a single-system-image cluster with the commands of Kerrighed.\n", name, version.Version)
 }

@@ -13,6 +13,7 @@ package pid1
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -139,6 +140,13 @@ func (m *machine) start(bg context.Context, version string) error {
 	return m.startContainer(bg)
 }
 
+// sysctls are the kernel settings of a node.
+var sysctls = []struct{ file, value string }{
+	{"kernel/pid_max", "4194304"}, // pids of the cluster are 22 bits wide
+	// Debian's ping has neither setuid nor a file capability; it counts on this.
+	{"net/ipv4/ping_group_range", "0 2147483647"},
+}
+
 // introduce sets the clock and the node's name and writes what the container
 // may know of the node.
 func (m *machine) introduce() error {
@@ -152,14 +160,23 @@ func (m *machine) introduce() error {
 	if h.Domain != "" {
 		_ = unix.Setdomainname([]byte(h.Domain))
 	}
-	// Pids of the cluster are 22 bits wide.
-	if err := os.WriteFile("/proc/sys/kernel/pid_max", []byte("4194304\n"), 0); err != nil {
-		m.log.Warn("pid range stays small", "err", err)
+	for _, s := range sysctls {
+		if err := os.WriteFile(filepath.Join("/proc/sys", s.file), []byte(s.value+"\n"), 0); err != nil {
+			m.log.Warn("kernel setting not made", "setting", s.file, "value", s.value, "err", err)
+		}
 	}
 	if err := os.MkdirAll(settings.SharedDir, 0o755); err != nil {
 		return err
 	}
-	return errors.Join(m.writeNode(h.Lease), writeResolvConf(filepath.Join(settings.SharedDir, settings.ResolvConf), h.Lease))
+	return errors.Join(m.writeNode(h.Lease), writeMachineID(h.Identity.SessionID, h.Lease.MAC),
+		writeResolvConf(filepath.Join(settings.SharedDir, settings.ResolvConf), h.Lease))
+}
+
+// writeMachineID writes the node's machine-id(5), the same at each boot: the
+// shared root's /etc/machine-id is a link to it.
+func writeMachineID(session int, mac string) error {
+	sum := sha256.Sum256(fmt.Appendf(nil, "krgimage machine-id %d %s", session, mac))
+	return os.WriteFile(filepath.Join(settings.SharedDir, settings.MachineID), fmt.Appendf(nil, "%x\n", sum[:16]), 0o644)
 }
 
 func (m *machine) writeNode(l lease.Lease) error {

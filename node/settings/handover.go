@@ -23,10 +23,12 @@ const (
 	handoverFile = "boot.json"
 	settingsFile = "settings.json"
 
-	// NodeFile and ControlSocket are names in SharedDir.
+	// Names in SharedDir, which the container sees as its /run/krg. The shared
+	// root has links to ResolvConf and MachineID.
 	NodeFile      = "node.json"
 	ControlSocket = "control.sock"
 	ResolvConf    = "resolv.conf"
+	MachineID     = "machine-id"
 )
 
 // Handover is all that stage 1 knows when it makes krg on the root PID 1.

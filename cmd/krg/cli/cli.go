@@ -20,6 +20,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"krgimage/configs/version"
 	"krgimage/node/container"
 	"krgimage/node/control"
 	"krgimage/node/kerrighed"
@@ -37,9 +38,9 @@ func Main(args []string, stdout, stderr io.Writer) int {
 	isInit := os.Getpid() == 1
 	switch {
 	case args[0] == "/init" && isInit:
-		stage1.Main(kerrighed.Version)
+		stage1.Main(version.Version)
 	case name == "init" && isInit:
-		pid1.Main(kerrighed.Version)
+		pid1.Main(version.Version)
 	case name == "init":
 		fmt.Fprintln(stderr, "init: only the kernel starts this; use 'krg poweroff' or 'krg reboot'")
 		return 1
@@ -73,11 +74,11 @@ func Root() *cobra.Command {
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
-	root.AddCommand(version(), node(), log(), down("poweroff", "Power this node off in order"), down("reboot", "Reboot this node in order"))
+	root.AddCommand(versionCommand(), node(), log(), down("poweroff", "Power this node off in order"), down("reboot", "Reboot this node in order"))
 	return root
 }
 
-func version() *cobra.Command {
+func versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Print the version of krg",
