@@ -62,7 +62,7 @@ func Wait(ctx context.Context, clock Clock, d time.Duration) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-clock.After(d):
-		return nil
+		return ctx.Err()
 	}
 }
 
