@@ -83,13 +83,13 @@ func serveOne(conn *net.UnixConn, m Machine) {
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(patience))
 	answer, err := func() (Answer, error) {
-		if uid, err := peer(conn); err != nil || uid != 0 {
-			return Answer{}, errors.New("only root may do that")
-		}
 		var r Request
 		line, err := bufio.NewReader(io.LimitReader(conn, 4<<10)).ReadBytes('\n')
 		if err != nil {
 			return Answer{}, err
+		}
+		if uid, err := peer(conn); err != nil || uid != 0 {
+			return Answer{}, errors.New("only root may do that")
 		}
 		if err := json.Unmarshal(line, &r); err != nil {
 			return Answer{}, fmt.Errorf("bad request: %w", err)
