@@ -31,13 +31,13 @@ func BenchmarkBuild(b *testing.B) {
 	for range b.N {
 		cold := timed()
 		report := func(name string, took time.Duration) {
-			b.Logf("build %-16s %6.1f s  ratio %.3f", name, took.Seconds(), took.Seconds()/cold.Seconds())
+			say("build %-16s %6.1f s  ratio %.3f", name, took.Seconds(), took.Seconds()/cold.Seconds())
 			b.ReportMetric(took.Seconds(), name+"-s")
 		}
 		report("cold", cold)
 		report("packages-cached", timed("--rebuild", "all"))
 		report("unchanged", timed())
-		s.edit("#name: krg", "name: bench")
+		s.edit("\nname: krg\n", "\nname: bench\n")
 		report("config-only", timed())
 	}
 	var manifest struct {
@@ -54,7 +54,7 @@ func BenchmarkBuild(b *testing.B) {
 		b.Fatal(err)
 	}
 	for _, a := range manifest.Artefacts {
-		b.Logf("size of %-18s %8.2f MB", a.Path, float64(a.Size)/1e6)
+		say("size of %-18s %8.2f MB", a.Path, float64(a.Size)/1e6)
 	}
 }
 
@@ -67,7 +67,7 @@ func BenchmarkBoot(b *testing.B) {
 	s.run(20*time.Minute, "build")
 	for range b.N {
 		bare := s.bareBoot(b)
-		b.Logf("bare init: %.1f s", bare.Seconds())
+		say("bare init: %.1f s", bare.Seconds())
 		b.ReportMetric(bare.Seconds(), "bare-s")
 		for nodes := 1; nodes <= 3; nodes++ {
 			s.run(bootLimit, "trial", "--keep", "--nodes", fmt.Sprint(nodes))
@@ -80,15 +80,18 @@ func BenchmarkBoot(b *testing.B) {
 				for _, st := range n.Stages {
 					stages = append(stages, fmt.Sprintf("%s %.1f", st.Stage, st.Seconds))
 				}
-				b.Logf("%d at once, node %d: %s", nodes, n.ID, strings.Join(stages, ", "))
+				say("%d at once, node %d: %s", nodes, n.ID, strings.Join(stages, ", "))
 			}
-			b.Logf("%d at once: all ready after %.1f s, ratio to the bare init %.2f", nodes, slowest, slowest/bare.Seconds())
+			say("%d at once: all ready after %.1f s, ratio to the bare init %.2f", nodes, slowest, slowest/bare.Seconds())
 			b.ReportMetric(slowest, fmt.Sprintf("%d-nodes-s", nodes))
 			b.ReportMetric(slowest/bare.Seconds(), fmt.Sprintf("%d-nodes/bare", nodes))
 			s.run(2*time.Minute, "trial", "stop")
 		}
 	}
 }
+
+// say prints a line of the result; a benchmark's log would be cut after ten.
+func say(format string, args ...any) { fmt.Printf("  "+format+"\n", args...) }
 
 // bareBoot boots the image's kernel with test/bareinit.
 func (s *site) bareBoot(b *testing.B) time.Duration {

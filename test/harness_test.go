@@ -168,6 +168,23 @@ func (s *site) nodes() []bootedNode {
 	return list
 }
 
+// reached says whether a boot of the node that began after a moment has come to
+// a stage.
+func (s *site) reached(node int, stage string, after time.Time) bool {
+	s.t.Helper()
+	for _, n := range s.nodes() {
+		if n.ID != node || n.Boot == nil || !n.Boot.Started.After(after) {
+			continue
+		}
+		for _, e := range n.Boot.Events {
+			if e.Stage == stage {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // startTrial boots a cluster and stops it at the end of the test. If the test
 // fails, the end of every console is shown.
 func (s *site) startTrial(args ...string) {

@@ -68,14 +68,17 @@ func TestServeOnARealLink(t *testing.T) {
 		t.Errorf("the node booted again at %v, or its timeline was lost", again)
 	}
 
-	// The machine is reset while the head is away: it must wait for it.
-	head.kill()
+	// The machine is reset, and the head dies when the machine has its kernel:
+	// no address, no root. It says so on its console, and waits.
 	node.reset(t)
-	head = s.serve(ns)
-	waitFor(t, bootLimit, "the node boots again", func() bool {
-		at, ready := s.bootOf(1)
-		return ready && at.After(started)
+	waitFor(t, bootLimit, "the node loads its initramfs again", func() bool { return s.reached(1, "initramfs", started) })
+	head.kill()
+	waitFor(t, bootLimit, "the node says that it tries again", func() bool {
+		console, err := os.ReadFile(s.path("uefi.log"))
+		return err == nil && bytes.Contains(console, []byte("again_in="))
 	})
+	head = s.serve(ns)
+	waitFor(t, bootLimit, "the node boots on", func() bool { return s.reached(1, "ready", started) })
 	if out, err := ssh("cat survives"); err != nil || out != "before" {
 		t.Errorf("after the reset: %q, %v", out, err)
 	}
