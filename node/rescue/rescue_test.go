@@ -22,8 +22,9 @@ func TestHint(t *testing.T) {
 }
 
 func TestGuard(t *testing.T) {
-	err := Guard(func() error { var m map[string]int; m["x"] = 1; return nil })
-	if err == nil || !strings.Contains(err.Error(), "nil map") || !strings.Contains(err.Error(), "rescue_test.go") {
+	var none []int
+	err := Guard(func() error { none[3] = 1; return nil })
+	if err == nil || !strings.Contains(err.Error(), "index out of range") || !strings.Contains(err.Error(), "rescue_test.go") {
 		t.Errorf("err = %v, want the panic with its stack", err)
 	}
 	if err := Guard(func() error { return nil }); err != nil {
