@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -64,6 +65,9 @@ func prepare(c Config) error {
 	if err := unix.CloseRange(configFD, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return fmt.Errorf("close inherited files: %w", err)
 	}
+	if err := defaultSignals(); err != nil {
+		return err
+	}
 	unix.Umask(0)
 	if err := enter(c); err != nil {
 		return err
@@ -84,6 +88,23 @@ func prepare(c Config) error {
 	_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1024, Max: 524288})
 	// Losing this process loses the whole container.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-900\n"), 0)
+	return nil
+}
+
+// defaultSignals gives the two signals that Go's runtime leaves as they were
+// inherited (32 and 33, libc's own; posix_spawn ignores them) their default
+// action. The others are caught since Main began, and exec resets what is
+// caught.
+func defaultSignals() error {
+	var action struct {
+		handler, flags, restorer uintptr
+		mask                     uint64
+	} // the kernel's struct sigaction; zero is SIG_DFL
+	for _, signal := range []uintptr{32, 33} {
+		if _, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, signal, uintptr(unsafe.Pointer(&action)), 0, unsafe.Sizeof(action.mask), 0, 0); errno != 0 {
+			return fmt.Errorf("default action of signal %d: %w", signal, errno)
+		}
+	}
 	return nil
 }
 
