@@ -37,10 +37,11 @@ bin/krgimage: $(GO_FILES) $(EMBEDDED)/krg $(EMBEDDED)/rescue.cpio initramfs/embe
 $(EMBEDDED)/krg: bin/krg
 	cp $< $@
 
-# u-root's commands take a minute to compile, so the archive is made again only
+# The tag gives gosh its plain line input: the other one waits for answers that a
+# serial line does not give. u-root's commands take a minute to compile, so the archive is made again only
 # when the list of them (the tool lines of go.mod) or their versions change.
 $(EMBEDDED)/rescue.cpio: go.mod
-	$(GO) tool mkuimage -o $@.tmp -base=/dev/null -initcmd= -defaultsh=gosh $$($(GO) list tool | grep u-root/cmds)
+	$(GO) tool mkuimage -o $@.tmp -base=/dev/null -initcmd= -defaultsh=gosh -go-build-tags=goshsmall $$($(GO) list tool | grep u-root/cmds)
 	mv $@.tmp $@
 
 lint: build
