@@ -37,9 +37,10 @@ bin/krgimage: $(GO_FILES) $(EMBEDDED)/krg $(EMBEDDED)/rescue.cpio initramfs/embe
 $(EMBEDDED)/krg: bin/krg
 	cp $< $@
 
-# The tag gives gosh its plain line input: the other one waits for answers that a
-# serial line does not give. u-root's commands take a minute to compile, so the archive is made again only
-# when the list of them (the tool lines of go.mod) or their versions change.
+# u-root's commands take a minute to compile, so the archive is made again only
+# when the list of them (the tool lines of go.mod) or their versions change. The
+# tag gives gosh its plain line input: the other one waits for answers of a
+# terminal emulator, which a serial line does not give.
 $(EMBEDDED)/rescue.cpio: go.mod
 	$(GO) tool mkuimage -o $@.tmp -base=/dev/null -initcmd= -defaultsh=gosh -go-build-tags=goshsmall $$($(GO) list tool | grep u-root/cmds)
 	mv $@.tmp $@
