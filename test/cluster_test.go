@@ -118,10 +118,7 @@ func (s *site) testLogin() {
 		}
 	}
 	// The same with a plain ssh client, as a user would.
-	host, port, _ := strings.Cut(s.trialNodes()[0].SSH, ":")
-	out, err := exec.Command("ssh", "-p", port, "-i", s.path("state/ssh/id_ed25519"), "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes",
-		"-o", "HostKeyAlias=krg-cluster", "-o", "UserKnownHostsFile="+s.path("state/ssh/known_hosts"), "-o", "StrictHostKeyChecking=yes",
-		"krg@"+host, "echo $SSH_CONNECTION").CombinedOutput()
+	out, err := exec.Command("ssh", "-F", s.path("state/ssh/config"), "-o", "BatchMode=yes", "krg-1", "echo $SSH_CONNECTION").CombinedOutput()
 	if err != nil || !strings.HasSuffix(strings.TrimSpace(string(out)), " 2222") {
 		s.t.Errorf("plain ssh: %v, %q: not a connection to port 2222", err, out)
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"krgimage/configs"
 	"krgimage/node/trial"
 	"krgimage/pxe/head"
 )
@@ -44,10 +45,7 @@ port is 2222 on real machines.`,
 				return err
 			}
 			if user == "" {
-				user = "root"
-				if len(c.Users) > 0 {
-					user = c.Users[0].Name
-				}
+				user = defaultUser(c)
 			}
 			target, err := findNode(cmd.Context(), state, node)
 			if err != nil {
@@ -58,6 +56,14 @@ port is 2222 on real machines.`,
 	}
 	cmd.Flags().StringVarP(&user, "user", "u", "", "log in as this `user` (default: the first of users, else root)")
 	return cmd
+}
+
+// defaultUser is who logs in when nobody is named.
+func defaultUser(c configs.Cluster) string {
+	if len(c.Users) == 0 {
+		return "root"
+	}
+	return c.Users[0].Name
 }
 
 // splitArgs takes [node] [-- command...] apart.

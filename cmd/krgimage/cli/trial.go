@@ -10,8 +10,10 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
+	"github.com/google/renameio/v2"
 	"github.com/spf13/cobra"
 
 	"krgimage/configs"
@@ -178,7 +180,7 @@ func (a *app) runTrial(ctx context.Context, c configs.Cluster, f trialFlags) err
 	}
 	defer cluster.Close()
 	if style != progress.JSON {
-		fmt.Fprintf(a.Out, "QEMU runs with %s: %s\n", cluster.Accel().Name, cluster.Accel().Reason)
+		fmt.Fprintf(a.Out, "QEMU runs with %s: %s\n", cluster.Accel().Name, firstClause(cluster.Accel().Reason))
 	}
 	h, err := a.openHead(ctx, c, im, headOptions{
 		command: "trial", state: trialDir(state), network: cluster.Network(), log: a.logger(slog.LevelWarn), report: report,
@@ -198,6 +200,12 @@ func (a *app) runTrial(ctx context.Context, c configs.Cluster, f trialFlags) err
 		return nil
 	}
 	return err
+}
+
+// firstClause cuts a long reason after what people need of it.
+func firstClause(reason string) string {
+	short, _, _ := strings.Cut(reason, ";")
+	return short
 }
 
 // buildIfMissing makes the image when there is none, or when the configuration
@@ -233,18 +241,37 @@ func (h trialHead) Watch(ctx context.Context) iter.Seq[trial.Boot] {
 
 // printReady says how to get in.
 func (a *app) printReady(c configs.Cluster, r trial.Report) {
-	state, err := a.state()
-	if err != nil {
-		return // the trial runs from it
-	}
-	user := "root"
-	if len(c.Users) > 0 {
-		user = c.Users[0].Name
-	}
 	fmt.Fprintf(a.Out, "\ncluster %s is ready: %d nodes, session %d\n", c.Name, len(r.Nodes), c.SessionID)
+	config, err := a.writeSSHConfig(c, r)
+	if err != nil {
+		fmt.Fprintf(a.Err, "krgimage: %v\n", err)
+	}
 	for _, n := range r.Nodes {
-		fmt.Fprintf(a.Out, "  node %-3d %-12s ssh -p %d -i %s -o HostKeyAlias=%s -o UserKnownHostsFile=%s %s@%s\n",
-			n.ID, n.Hostname, n.SSHPort(), filepath.Join(state, "ssh", "id_ed25519"), hostAlias, knownHosts(state), user, n.SSHHost())
+		fmt.Fprintf(a.Out, "  node %-3d ssh -F %s %s   (%s port %d)\n", n.ID, config, n.Hostname, n.SSHHost(), n.SSHPort())
 	}
 	fmt.Fprintln(a.Out, "'krgimage ssh' does the same; 'krgimage ssh --user root 2' is root on node 2")
+}
+
+// writeSSHConfig writes an ssh_config(5) with the machines' names, for any
+// program that uses ssh, and returns its path.
+func (a *app) writeSSHConfig(c configs.Cluster, r trial.Report) (string, error) {
+	state, err := a.state()
+	if err != nil {
+		return "", err
+	}
+	key, _, err := clientKey(state)
+	if err != nil {
+		return "", err
+	}
+	var text strings.Builder
+	for _, n := range r.Nodes {
+		fmt.Fprintf(&text, "Host %s\n  HostName %s\n  Port %d\n", n.Hostname, n.SSHHost(), n.SSHPort())
+	}
+	fmt.Fprintf(&text, "Host *\n  User %s\n  IdentityFile \"%s\"\n  IdentitiesOnly yes\n  HostKeyAlias %s\n  UserKnownHostsFile \"%s\"\n",
+		defaultUser(c), key, hostAlias, knownHosts(state))
+	file := filepath.Join(state, "ssh", "config")
+	if err := renameio.WriteFile(file, []byte(text.String()), 0o644); err != nil {
+		return "", fmt.Errorf("write an ssh configuration for the trial: %w", err)
+	}
+	return file, nil
 }
