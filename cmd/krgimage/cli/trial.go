@@ -241,7 +241,7 @@ func (h trialHead) Watch(ctx context.Context) iter.Seq[trial.Boot] {
 
 // printReady says how to get in.
 func (a *app) printReady(c configs.Cluster, r trial.Report) {
-	fmt.Fprintf(a.Out, "\ncluster %s is ready: %d nodes, session %d\n", c.Name, len(r.Nodes), c.SessionID)
+	fmt.Fprintf(a.Out, "\ncluster %s is ready (session %d, nodes: %d)\n", c.Name, c.SessionID, len(r.Nodes))
 	config, err := a.writeSSHConfig(c, r)
 	if err != nil {
 		fmt.Fprintf(a.Err, "krgimage: %v\n", err)
