@@ -111,7 +111,7 @@ func fromACK(ack *dhcpv4.DHCPv4, ifname string, uptime time.Duration) (Lease, er
 	l.Renew = ack.IPAddressRenewalTime(0)
 	l.Rebind = ack.IPAddressRebindingTime(0)
 	if l.Renew <= 0 || l.Rebind <= l.Renew || l.Lifetime <= l.Rebind {
-		l.Renew, l.Rebind = l.Lifetime/2, l.Lifetime*7/8
+		l.Renew, l.Rebind = l.Lifetime/2, l.Lifetime/8*7 // in this order: 41 years times 7 overflow
 	}
 	return l, nil
 }
