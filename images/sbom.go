@@ -56,7 +56,7 @@ func writeSBOM(file string, o BuildOptions, info ImageInfo, packages []Package) 
 // debianComponent names a package by its package URL (purl-spec, type deb). A
 // "+" or ":" of a Debian version is percent-encoded there.
 func debianComponent(p Package, suite string) cdx.Component {
-	version := strings.NewReplacer("+", "%2B", ":", "%3A", "~", "~").Replace(p.Version)
+	version := strings.NewReplacer("+", "%2B", ":", "%3A").Replace(p.Version)
 	purl := fmt.Sprintf("pkg:deb/debian/%s@%s?arch=%s&distro=%s", p.Name, version, p.Arch, suite)
 	c := cdx.Component{Type: cdx.ComponentTypeLibrary, BOMRef: purl, Name: p.Name, Version: p.Version, PackageURL: purl}
 	if p.SHA256 != "" {

@@ -114,7 +114,11 @@ func Modules(w io.Writer, src Source, extra []string) (Selection, error) {
 		sel.RawBytes += int64(len(ko))
 		records = append(records, cpio.StaticFile(path.Join(base, plain), string(ko), 0o644))
 	}
-	for _, file := range index.restricted(paths) {
+	files, err := index.restricted(paths)
+	if err != nil {
+		return Selection{}, err
+	}
+	for _, file := range files {
 		records = append(records, cpio.StaticFile(path.Join(base, file.name), string(file.data), 0o644))
 	}
 	blobs, missing, err := findFirmware(src.Firmware, firmware)
@@ -224,7 +228,7 @@ type namedFile struct {
 }
 
 // restricted returns the index files with only the carried modules in them.
-func (ix *index) restricted(paths []string) []namedFile {
+func (ix *index) restricted(paths []string) ([]namedFile, error) {
 	carried := map[string]bool{}
 	var dep bytes.Buffer
 	for _, p := range paths {
@@ -236,21 +240,25 @@ func (ix *index) restricted(paths []string) []namedFile {
 		dep.WriteByte('\n')
 	}
 	files := []namedFile{{"modules.dep", dep.Bytes()}}
-	filter := func(name string, module func(fields []string) string) {
+	filter := func(name string, keep func(fields []string) bool) error {
 		var buf bytes.Buffer
-		// A kernel without the file has nothing to restrict.
-		_ = eachLine(filepath.Join(ix.dir, name), func(line string) {
-			if f := strings.Fields(line); len(f) > 1 && carried[normal(module(f))] {
+		err := eachLine(filepath.Join(ix.dir, name), func(line string) {
+			if f := strings.Fields(line); len(f) > 0 && keep(f) {
 				buf.WriteString(line + "\n")
 			}
 		})
 		files = append(files, namedFile{name, buf.Bytes()})
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // a kernel without the file has nothing to restrict
+		}
+		return err
 	}
-	filter("modules.alias", func(f []string) string { return f[len(f)-1] })
-	filter("modules.softdep", func(f []string) string { return f[1] })
-	var builtin bytes.Buffer
-	_ = eachLine(filepath.Join(ix.dir, "modules.builtin"), func(line string) { builtin.WriteString(line + "\n") })
-	return append(files, namedFile{"modules.builtin", builtin.Bytes()})
+	err := errors.Join(
+		filter("modules.alias", func(f []string) bool { return len(f) > 1 && carried[normal(f[len(f)-1])] }),
+		filter("modules.softdep", func(f []string) bool { return len(f) > 1 && carried[normal(f[1])] }),
+		filter("modules.builtin", func([]string) bool { return true }),
+	)
+	return files, err
 }
 
 func eachLine(file string, f func(line string)) error {

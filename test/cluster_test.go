@@ -67,7 +67,11 @@ func (s *site) testBuild() {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.run(20*time.Minute, "build", "--state", s.path("again"))
+	// Off a terminal it says what it made, and nothing else.
+	out, progress, err := s.try(20*time.Minute, "build", "--state", s.path("again"))
+	if err != nil || progress != "" || !strings.Contains(out, "initramfs.img") {
+		s.t.Errorf("the second build: %v, output %q, messages %q", err, out, progress)
+	}
 	second, err := os.ReadFile(s.path("again/image/current/manifest.json"))
 	if err != nil {
 		s.t.Fatal(err)
@@ -237,6 +241,7 @@ func (s *site) testPowerCut() {
 }
 
 func (s *site) testStop() {
+	s.ssh("krg", 1, "echo kept > over-stop")
 	var pids []int
 	for _, n := range s.trialNodes() {
 		pids = append(pids, n.PID)

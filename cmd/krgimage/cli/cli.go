@@ -156,15 +156,18 @@ func (a *app) logger(level slog.Level) *slog.Logger {
 }
 
 // reporter shows progress live on a terminal, and as JSON objects on the
-// output when a script asked for them. Off a terminal it says one line a step.
+// output when a script asked for them. Elsewhere it is quiet, unless --verbose
+// asks for one line a step.
 func (a *app) reporter(asJSON bool) *progress.Reporter {
 	switch {
 	case asJSON:
 		return progress.New(a.Out, progress.JSON)
 	case isTerminal(a.Err):
 		return progress.New(a.Err, progress.Terminal)
+	case a.verbose:
+		return progress.New(a.Err, progress.Plain)
 	}
-	return progress.New(a.Err, progress.Plain)
+	return progress.Discard()
 }
 
 func isTerminal(w any) bool {

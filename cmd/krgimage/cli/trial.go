@@ -87,9 +87,7 @@ on the loopback ports that are printed.`,
 	flags.StringVar(&f.capture, "pcap", "", "write every frame of the cluster's network to this `file`")
 	flags.BoolVar(&f.asJSON, "json", false, "report progress as JSON objects, one a line")
 	flags.StringVar(&f.detached, "detached", "", "")
-	if err := flags.MarkHidden("detached"); err != nil {
-		panic(err) // the flag is defined two lines above
-	}
+	flags.Lookup("detached").Hidden = true
 	cmd.AddCommand(a.trialStatusCommand(), a.trialStopCommand(), a.trialConsoleCommand(), a.trialPowerCommand())
 	return cmd
 }
