@@ -254,7 +254,7 @@ func (s *site) testStop() {
 		})
 	}
 	s.fails("no trial is running", "trial", "status")
-	if _, err := os.Stat(s.path("state/root/live/home/krg/over-reboot")); err != nil {
+	if _, err := os.Stat(s.path("state/root/live/home/krg/over-stop")); err != nil {
 		s.t.Errorf("the users' files are gone: %v", err)
 	}
 }
