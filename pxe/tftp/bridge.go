@@ -57,6 +57,7 @@ type session struct {
 	client net.Addr     // on the front
 	mu     sync.Mutex
 	server netip.AddrPort // where the library answers from, once it did; guarded by mu
+	broken bool           // the client broke off: nothing more is sent to it; guarded by mu
 }
 
 func (s *Server) bridge(ctx context.Context, front net.PacketConn) error {
@@ -160,20 +161,23 @@ func (b *bridge) forward(packet []byte, from *net.UDPAddr) {
 	if t == nil {
 		return
 	}
+	// When the client breaks off, the library answers with an error of its own,
+	// which from the one port of the front would look like the answer to the
+	// client's next request. So the way back ends before the library hears of it.
+	last := binary.BigEndian.Uint16(packet) == opError
 	t.mu.Lock()
 	server := t.server
+	t.broken = t.broken || last && server.IsValid()
 	t.mu.Unlock()
 	if !server.IsValid() {
 		return
 	}
 	t.conn.WriteToUDPAddrPort(packet, server)
-	t.conn.SetReadDeadline(time.Now().Add(idleTransfer))
-	if binary.BigEndian.Uint16(packet) == opError {
-		// The client broke off. The library answers that with an error of its
-		// own, which from the one port of the front would look like the answer
-		// to the client's next request.
+	if last {
 		t.conn.Close()
+		return
 	}
+	t.conn.SetReadDeadline(time.Now().Add(idleTransfer))
 }
 
 // toClient passes the library's packets on until nothing is said any more.
@@ -196,11 +200,14 @@ func (b *bridge) toClient(t *session) {
 	}
 }
 
-// from says whether a packet is the library's: the first one that answers fixes
-// the address.
+// from says whether a packet is one of the library's for a client that still
+// listens: the first one that answers fixes the address.
 func (t *session) from(a netip.AddrPort) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.broken {
+		return false
+	}
 	if !t.server.IsValid() {
 		t.server = a
 	}
