@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -16,6 +15,7 @@ import (
 
 	"krgimage/node/cmdline"
 	"krgimage/node/lease"
+	"krgimage/node/nfsclient"
 	"krgimage/node/retry"
 	"krgimage/node/settings"
 )
@@ -100,18 +100,10 @@ func rootSource(c cmdline.NFSRoot, s *settings.Settings, l lease.Lease) (source,
 	return src, nil
 }
 
-// data is the option string of mount(2). There is no mount.nfs to resolve
-// names or look up ports, so all is spelled out; what nfsroot= says comes last
-// and wins.
+// data is the option string of mount(2); what nfsroot= says wins.
 func (s source) data() string {
-	o := []string{
-		"vers=3", "proto=tcp", "mountproto=tcp", "mountvers=3", "nolock", "hard",
-		"port=" + strconv.Itoa(s.port), "addr=" + s.server.String(), "mountaddr=" + s.server.String(),
-	}
-	if s.mount != 0 {
-		o = append(o, "mountport="+strconv.Itoa(s.mount))
-	}
-	return strings.Join(slices.Concat(o, s.options), ",")
+	m := nfsclient.Mount{Server: s.server, Path: s.path, Port: s.port, MountPort: s.mount, Options: s.options}
+	return m.Data()
 }
 
 // dialTimeout bounds the look whether anything listens: the kernel's own
