@@ -246,13 +246,12 @@ func (f *file) closeAll() {
 	}
 }
 
-// openHow opens the file by its handle. It must run with the server's own
-// identity: only that may open by handle.
+// openHow opens the file by its handle.
 func (f *file) openHow(flags int) (int, error) {
-	fd, err := f.h.open(f.x.mount, flags)
+	fd, err := f.x.openHandle(f.h, flags)
 	if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {
 		f.srv.files.evictIdle()
-		fd, err = f.h.open(f.x.mount, flags)
+		fd, err = f.x.openHandle(f.h, flags)
 	}
 	return fd, err
 }
@@ -336,7 +335,7 @@ func (f *file) stat(st *unix.Stat_t) error {
 	if err != nil {
 		return err
 	}
-	if err := unix.Fstat(fd, st); err != nil {
+	if err := f.x.fileStat(fd, st); err != nil {
 		return err
 	}
 	if f.k.Load() == 0 {

@@ -66,7 +66,7 @@ func (c *call) mountPoint(p string) (*file, status) {
 			if err != nil {
 				return nil, statusOf(err)
 			}
-			h, err := handleAt(fd, name)
+			h, err := f.handleOf(fd, name)
 			if err != nil {
 				return nil, statusOf(err)
 			}

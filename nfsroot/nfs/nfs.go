@@ -11,6 +11,7 @@
 //	files.go     ... and becomes an open file, from the cache or by the kernel's
 //	             open_by_handle_at(2)
 //	proc_*.go    the procedure does its work
+//	backend.go   by asking the system, in one place
 //	identity.go  under the caller's uid, gid and groups where the kernel's own
 //	             permission check is the judge
 //	attr.go      attributes and status are encoded into the reply

@@ -68,7 +68,7 @@ func (c *call) setAttributes(f *file, a *sattr, w *wcc, check func(*unix.Stat_t)
 	if !check(&w.pre) {
 		return errNotSync
 	}
-	return statusOf(c.change(f.x, func() error { return a.apply(fd, rw, f.kind()) }))
+	return statusOf(c.applyTo(f, fd, rw, a))
 }
 
 // How CREATE treats a file that is there (createmode3).
@@ -120,23 +120,9 @@ func (c *call) createNew(dir *file, dirfd int, name string, a *sattr) (*file, st
 	if a.hasMode {
 		mode = a.mode
 	}
-	fd := -1
-	err := c.create(dir.x, func() (err error) {
-		fd, err = unix.Openat(dirfd, name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
-		if err != nil {
-			return err
-		}
-		rest := *a
-		rest.hasMode = false
-		return rest.apply(fd, fd, kindReg)
-	})
+	fd, h, err := c.openNew(dir, dirfd, name, mode, a)
 	if fd < 0 {
 		return nil, statusOf(err)
-	}
-	h, herr := handleAt(fd, "")
-	if herr != nil {
-		unix.Close(fd)
-		return nil, statusOf(herr)
 	}
 	f := c.hold(c.srv.files.get(dir.x, h, kindReg))
 	f.adopt(fd)
@@ -174,7 +160,7 @@ func (c *call) mkdir(d *decoder, e *buffer) bool {
 	}
 	mode := a.takeMode(0o777)
 	return c.make(e, wire, name, &a, func(dir *file, dirfd int) (*file, status) {
-		return c.node(dir, dirfd, name, &a, kindDir, func() error { return unix.Mkdirat(dirfd, name, mode) })
+		return c.node(dir, dirfd, name, &a, &newNode{k: kindDir, mode: mode})
 	})
 }
 
@@ -188,7 +174,7 @@ func (c *call) symlink(d *decoder, e *buffer) bool {
 		if len(target) >= unix.PathMax {
 			return nil, errNameTooLong
 		}
-		return c.node(dir, dirfd, name, &a, kindLink, func() error { return unix.Symlinkat(target, dirfd, name) })
+		return c.node(dir, dirfd, name, &a, &newNode{k: kindLink, target: target})
 	})
 }
 
@@ -213,12 +199,12 @@ func (c *call) mknod(d *decoder, e *buffer) bool {
 	if d.bad {
 		return false
 	}
-	mode := a.takeMode(0o666) | uint32(k)<<12
+	mode := a.takeMode(0o666)
 	return c.make(e, wire, name, &a, func(dir *file, dirfd int) (*file, status) {
 		if k == 0 {
 			return nil, errBadType
 		}
-		return c.node(dir, dirfd, name, &a, k, func() error { return unix.Mknodat(dirfd, name, mode, int(dev)) })
+		return c.node(dir, dirfd, name, &a, &newNode{k: k, mode: mode, dev: dev})
 	})
 }
 
@@ -233,21 +219,21 @@ func (a *sattr) takeMode(def uint32) uint32 {
 
 // node makes a file other than a regular one, and sets the attributes that are
 // left.
-func (c *call) node(dir *file, dirfd int, name string, a *sattr, k kind, mk func() error) (*file, status) {
+func (c *call) node(dir *file, dirfd int, name string, a *sattr, n *newNode) (*file, status) {
 	if a.hasSize {
 		return nil, errInval
 	}
-	if err := c.create(dir.x, mk); err != nil {
+	if err := c.makeNode(dir, dirfd, name, n); err != nil {
 		return nil, statusOf(err)
 	}
-	h, err := handleAt(dirfd, name)
+	h, err := dir.handleOf(dirfd, name)
 	if err != nil {
 		return nil, statusOf(err)
 	}
-	f := c.hold(c.srv.files.get(dir.x, h, k))
+	f := c.hold(c.srv.files.get(dir.x, h, n.k))
 	fd, err := f.fd()
 	if err == nil {
-		err = c.change(dir.x, func() error { return a.apply(fd, -1, k) })
+		err = c.applyTo(f, fd, -1, a)
 	}
 	return f, statusOf(err)
 }
@@ -305,8 +291,8 @@ func (c *call) remove(d *decoder, e *buffer, flags int, dotdot status) bool {
 		dirfd, err := dir.fd()
 		if err == nil {
 			c.begin(&w, dir)
-			h, herr := handleAt(dirfd, name)
-			err = c.change(dir.x, func() error { return unix.Unlinkat(dirfd, name, flags) })
+			h, herr := dir.handleOf(dirfd, name)
+			err = c.unlink(dir, dirfd, name, flags)
 			c.done(&w)
 			if err == nil && herr == nil {
 				c.srv.files.forget(dir.x, h)
@@ -359,9 +345,9 @@ func (c *call) renameAt(fromDir *file, fromName string, toDir *file, toName stri
 		return statusOf(err)
 	}
 	c.begin2(from, to, fromDir, toDir)
-	victim, verr := handleAt(toFD, toName)
-	err = c.change(fromDir.x, func() error { return unix.Renameat(fromFD, fromName, toFD, toName) })
-	moved, merr := handleAt(toFD, toName)
+	victim, verr := toDir.handleOf(toFD, toName)
+	err = c.renameTo(fromDir, fromFD, fromName, toDir, toFD, toName)
+	moved, merr := toDir.handleOf(toFD, toName)
 	c.done2(from, to)
 	if err == nil && verr == nil && merr == nil && victim != moved {
 		c.srv.files.forget(toDir.x, victim)
@@ -395,10 +381,7 @@ func (c *call) link(d *decoder, e *buffer) bool {
 			var dirfd int
 			if dirfd, err = dir.fd(); err == nil {
 				c.begin(&w, dir)
-				// Through /proc, which needs no capability; AT_EMPTY_PATH does.
-				err = c.change(dir.x, func() error {
-					return unix.Linkat(unix.AT_FDCWD, procPath(fd), dirfd, name, unix.AT_SYMLINK_FOLLOW)
-				})
+				err = c.linkTo(f, fd, dir, dirfd, name)
 				c.done(&w)
 			}
 		}

@@ -131,10 +131,7 @@ func (c *call) write(d *decoder, e *buffer) bool {
 		fd, err := f.writeFD()
 		if err == nil {
 			c.begin(&w, f)
-			err = c.change(f.x, func() (err error) {
-				n, err = pwriteAll(fd, data, int64(off))
-				return err
-			})
+			n, err = c.writeTo(f, fd, data, int64(off))
 			c.done(&w)
 		}
 		if err == nil && stable != unstable {

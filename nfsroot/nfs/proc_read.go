@@ -68,7 +68,7 @@ func (c *call) child(dir *file, dirAttr *unix.Stat_t, name string, attr *unix.St
 		return nil, statusOf(err)
 	}
 	// The mount ends at the export's directory, so does "..".
-	h, err := handleAt(fd, name)
+	h, err := dir.handleOf(fd, name)
 	if err != nil {
 		return nil, statusOf(err)
 	}
@@ -144,7 +144,7 @@ func (c *call) readlink(d *decoder, e *buffer) bool {
 	if st == ok {
 		fd, err := f.fd()
 		if err == nil {
-			n, err = unix.Readlinkat(fd, "", target[:])
+			n, err = f.readLink(fd, target[:])
 		}
 		st = statusOf(err)
 	}

@@ -210,7 +210,7 @@ func (c *call) entry(dir *file, name string, attr *unix.Stat_t) []byte {
 	if err != nil {
 		return nil
 	}
-	h, err := handleAt(dirfd, name)
+	h, err := dir.handleOf(dirfd, name)
 	if err != nil {
 		return nil
 	}
@@ -221,12 +221,12 @@ func (c *call) entry(dir *file, name string, attr *unix.Stat_t) []byte {
 		}
 		return f.handle()
 	}
-	fd, err := h.open(dir.x.mount, unix.O_PATH)
+	fd, err := dir.x.openHandle(h, unix.O_PATH)
 	if err != nil {
 		return nil
 	}
 	defer unix.Close(fd)
-	if unix.Fstat(fd, attr) != nil {
+	if dir.x.fileStat(fd, attr) != nil {
 		return nil
 	}
 	return c.srv.seal(dir.x, kindOf(attr.Mode), h)

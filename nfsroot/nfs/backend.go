@@ -1,0 +1,109 @@
+package nfs
+
+import (
+	"golang.org/x/sys/unix"
+)
+
+// What requests ask of the operating system about the files of an export. In all
+// of it the kernel is the judge: it checks the caller's permission, and takes
+// the owner of what is made from the calling thread. Descriptors come from the
+// file cache, names are single components.
+
+// handleOf returns the handle of a name in the directory, whose descriptor is
+// dirfd. A symbolic link is not followed.
+func (dir *file) handleOf(dirfd int, name string) (kernelHandle, error) {
+	return handleAt(dirfd, name)
+}
+
+// openHandle opens a file of the export by its handle. It must run with the
+// server's own identity: only that may open by handle.
+func (x *export) openHandle(h kernelHandle, flags int) (int, error) {
+	return h.open(x.mount, flags)
+}
+
+// fileStat reads the attributes of an open file of the export.
+func (x *export) fileStat(fd int, st *unix.Stat_t) error { return unix.Fstat(fd, st) }
+
+// openNew makes a regular file that must not be there, with the attributes, and
+// returns a descriptor for reading and writing, and its handle. Both are good
+// also with an error that says that the attributes could not be set.
+func (c *call) openNew(dir *file, dirfd int, name string, mode uint32, a *sattr) (fd int, h kernelHandle, err error) {
+	fd = -1
+	err = c.create(dir.x, func() (err error) {
+		fd, err = unix.Openat(dirfd, name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
+		if err != nil {
+			return err
+		}
+		rest := *a
+		rest.hasMode = false
+		return rest.apply(fd, fd, kindReg)
+	})
+	if fd < 0 {
+		return -1, "", err
+	}
+	h, herr := handleAt(fd, "")
+	if herr != nil {
+		unix.Close(fd)
+		return -1, "", herr
+	}
+	return fd, h, err
+}
+
+// newNode is what is made by node: all but regular files.
+type newNode struct {
+	k      kind
+	mode   uint32 // permissions
+	dev    uint64 // of devices
+	target string // of symbolic links
+}
+
+// makeNode makes a file other than a regular one.
+func (c *call) makeNode(dir *file, dirfd int, name string, n *newNode) error {
+	return c.create(dir.x, func() error {
+		switch n.k {
+		case kindDir:
+			return unix.Mkdirat(dirfd, name, n.mode)
+		case kindLink:
+			return unix.Symlinkat(n.target, dirfd, name)
+		default:
+			return unix.Mknodat(dirfd, name, n.mode|uint32(n.k)<<12, int(n.dev))
+		}
+	})
+}
+
+// applyTo sets attributes. rw is a descriptor for writing, needed for the size
+// alone.
+func (c *call) applyTo(f *file, fd, rw int, a *sattr) error {
+	return c.change(f.x, func() error { return a.apply(fd, rw, f.kind()) })
+}
+
+// writeTo writes at an offset until all is written or something fails; it fails
+// only when nothing was written.
+func (c *call) writeTo(f *file, fd int, data []byte, off int64) (n int, err error) {
+	err = c.change(f.x, func() (err error) {
+		n, err = pwriteAll(fd, data, off)
+		return err
+	})
+	return n, err
+}
+
+// unlink takes a name away; flags are those of unlinkat(2).
+func (c *call) unlink(dir *file, dirfd int, name string, flags int) error {
+	return c.change(dir.x, func() error { return unix.Unlinkat(dirfd, name, flags) })
+}
+
+// renameTo is rename(2) between two directories of one export.
+func (c *call) renameTo(from *file, fromFD int, fromName string, to *file, toFD int, toName string) error {
+	return c.change(from.x, func() error { return unix.Renameat(fromFD, fromName, toFD, toName) })
+}
+
+// linkTo gives a file another name.
+func (c *call) linkTo(f *file, fd int, dir *file, dirfd int, name string) error {
+	// Through /proc, which needs no capability; AT_EMPTY_PATH does.
+	return c.change(dir.x, func() error {
+		return unix.Linkat(unix.AT_FDCWD, procPath(fd), dirfd, name, unix.AT_SYMLINK_FOLLOW)
+	})
+}
+
+// readLink reads a symbolic link's target into buf.
+func (f *file) readLink(fd int, buf []byte) (int, error) { return unix.Readlinkat(fd, "", buf) }
