@@ -55,6 +55,13 @@ var Parts = []string{"packages", "kernel", "firmware", "loaders", "init", "modul
 // Link is a symbolic link of the overlay: Path (absolute, in the root) → Target.
 type Link struct{ Path, Target string }
 
+// File is a regular file of the overlay, readable by all: Path is absolute, in
+// the root.
+type File struct {
+	Path string
+	Data []byte
+}
+
 // BuildOptions says what to build and where.
 type BuildOptions struct {
 	State   string // state directory
@@ -63,6 +70,7 @@ type BuildOptions struct {
 	Krg     []byte   // static node binary
 	Rescue  []byte   // u-root's commands, a newc archive; empty: no rescue shell
 	Links   []Link   // command names of krg in the root
+	Files   []File   // what goes with the commands: manual pages, completion
 	Rebuild []string // names of Parts to make even if their inputs are the same; "all" is every one
 	Epoch   time.Time
 	Version string // of krgimage
@@ -186,7 +194,7 @@ func Build(ctx context.Context, o BuildOptions) (*Image, error) {
 	if info.BuildID, err = digestJSON([]any{info, packages.digests(), kernel.digests(), loaders.digests(), digestsOf(members)}); err != nil {
 		return nil, err
 	}
-	overlay, err := w.get(ctx, part{"overlay", "krg and its commands", []any{info, o.Links, o.Epoch.Unix()},
+	overlay, err := w.get(ctx, part{"overlay", "krg and its commands", []any{info, o.Links, o.Files, o.Epoch.Unix()},
 		func(_ context.Context, dir string, _ *progress.Step) (string, error) {
 			return fmt.Sprintf("krg and %d names", len(o.Links)), writeOverlay(filepath.Join(dir, OverlayFile), o, info)
 		}})
@@ -290,6 +298,9 @@ func writeOverlay(file string, o BuildOptions, info ImageInfo) error {
 	slices.SortFunc(links, func(a, b Link) int { return strings.Compare(a.Path, b.Path) })
 	for _, l := range links {
 		put(tar.Header{Typeflag: tar.TypeSymlink, Name: strings.TrimPrefix(l.Path, "/"), Linkname: l.Target, Mode: 0o777}, nil)
+	}
+	for _, f := range slices.SortedFunc(slices.Values(o.Files), func(a, b File) int { return strings.Compare(a.Path, b.Path) }) {
+		put(tar.Header{Typeflag: tar.TypeReg, Name: strings.TrimPrefix(f.Path, "/"), Mode: 0o644}, f.Data)
 	}
 	put(tar.Header{Typeflag: tar.TypeReg, Name: ImageInfoPath, Mode: 0o644}, append(infoJSON, '\n'))
 	return errors.Join(err, tw.Close(), f.Close())

@@ -29,7 +29,7 @@ import (
 // bring in otherwise. There is no kernel: nodes get theirs over the network.
 func BasePackages() []string {
 	return []string{
-		"bash", "coreutils", "iproute2", "iputils-ping", "less", "login", "mount", "nano",
+		"bash", "bash-completion", "coreutils", "iproute2", "iputils-ping", "less", "login", "mount", "nano",
 		"netbase", "openssh-server", "passwd", "procps", "psmisc", "systemd-standalone-sysusers",
 	}
 }

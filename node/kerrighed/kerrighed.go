@@ -7,11 +7,13 @@
 package kerrighed
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"slices"
 
 	"krgimage/configs/version"
+	"krgimage/node/krgadm"
 )
 
 // Tool is one of Kerrighed's commands.
@@ -20,9 +22,13 @@ type Tool struct {
 	Dir      string // below /usr: "bin" or "sbin"
 	Synopsis string // usage, the part after the name
 	About    string // one line for the help
-	Service  string // what the tool needs and this release lacks
+	Service  string // what the tool needs and this release lacks; empty when it works
+
+	Man        []byte // manual page, section 1
+	Completion []byte // bash completion
 
 	longOnly bool // the original knows only --version, no -v
+	run      func(ctx context.Context, args []string, stdout, stderr io.Writer) int
 }
 
 // Tools lists all names in alphabetical order.
@@ -39,7 +45,7 @@ func Tools() []Tool {
 		{Name: "krg_rbt_scheduler", Dir: "sbin", Synopsis: "start|stop",
 			About: "Set up the response-time balancer.", Service: "cluster scheduler"},
 		{Name: "krgadm", Dir: "sbin", Synopsis: "[-h|--help] [--version] cluster [status|poweroff|reboot] | nodes [status [-n|--nodes LIST]] | nodes add|del -n|--nodes LIST|-c|--count N|-t|--total N|-a|--all",
-			About: "Show and change which nodes are in the cluster.", Service: "cluster membership", longOnly: true},
+			About: "Show and change which nodes are in the cluster.", Man: krgadm.Man, Completion: krgadm.Completion, run: runKrgadm, longOnly: true},
 		{Name: "krgboot", Dir: "sbin", Synopsis: "[-h] [-v] [-u] [-i] [-m] [-p] [-n] [-U] [--] HELPER [ARGS]",
 			About: "Start the container of the cluster.", Service: "container start by hand: every node starts its own"},
 		{Name: "krgboot_helper", Dir: "sbin", Synopsis: "",
@@ -71,18 +77,19 @@ func Find(name string) (Tool, bool) {
 	return tools[i], true
 }
 
-// Run runs a tool whose service isn't there: help and version work, anything
-// else is an error on one line. It returns the exit status.
-func (t Tool) Run(args []string, stdout, stderr io.Writer) int {
-	if len(args) > 0 {
-		switch arg := args[0]; {
-		case arg == "-h" || arg == "--help":
-			fmt.Fprint(stdout, t.usage())
-			return 0
-		case arg == "--version" || arg == "-v" && !t.longOnly:
-			WriteVersion(stdout, t.Name)
-			return 0
-		}
+// Run runs a tool and returns the exit status. Where its service isn't there,
+// help and version work, anything else is an error on one line.
+func (t Tool) Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	if len(args) > 0 && (args[0] == "--version" || args[0] == "-v" && !t.longOnly) {
+		WriteVersion(stdout, t.Name)
+		return 0
+	}
+	if t.run != nil {
+		return t.run(ctx, args, stdout, stderr)
+	}
+	if len(args) > 0 && (args[0] == "-h" || args[0] == "--help") {
+		fmt.Fprint(stdout, t.usage())
+		return 0
 	}
 	fmt.Fprintf(stderr, "%s: this release of krgimage doesn't have this service: %s\n", t.Name, t.Service)
 	return 1

@@ -47,11 +47,11 @@ func Main(args []string, stdout, stderr io.Writer) int {
 	case name == container.Name && container.IsInit():
 		return container.Main(stdout)
 	}
-	if tool, ok := kerrighed.Find(name); ok {
-		return tool.Run(args[1:], stdout, stderr)
-	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
+	if tool, ok := kerrighed.Find(name); ok {
+		return tool.Run(ctx, args[1:], stdout, stderr)
+	}
 	root := Root()
 	root.SetArgs(args[1:])
 	root.SetOut(stdout)

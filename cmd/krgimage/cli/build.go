@@ -83,7 +83,7 @@ func (a *app) build(ctx context.Context, c configs.Cluster, rebuild []string, re
 	source := images.NewDebianSource(c, cache, state, epoch, a.logger(slog.LevelWarn))
 	defer source.Close()
 	return images.Build(ctx, images.BuildOptions{
-		State: state, Cluster: c, Source: source, Krg: krg, Rescue: rescue, Links: commandLinks(),
+		State: state, Cluster: c, Source: source, Krg: krg, Rescue: rescue, Links: commandLinks(), Files: commandFiles(),
 		Rebuild: rebuild, Epoch: epoch, Version: version.Version, Report: report,
 	})
 }
@@ -95,6 +95,20 @@ func commandLinks() []images.Link {
 		links = append(links, images.Link{Path: "/usr/" + c.Dir + "/" + c.Name, Target: relativeKrg(c.Dir)})
 	}
 	return links
+}
+
+// commandFiles are the manual pages and the bash completion of the commands.
+func commandFiles() []images.File {
+	var files []images.File
+	for _, c := range kerrighed.Tools() {
+		if c.Man != nil {
+			files = append(files, images.File{Path: "/usr/share/man/man1/" + c.Name + ".1", Data: c.Man})
+		}
+		if c.Completion != nil {
+			files = append(files, images.File{Path: "/usr/share/bash-completion/completions/" + c.Name, Data: c.Completion})
+		}
+	}
+	return files
 }
 
 // relativeKrg is krg's path as seen from /usr/bin or /usr/sbin.
