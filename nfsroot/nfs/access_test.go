@@ -198,7 +198,7 @@ func anyoneRead(c *client, h []byte) ([]byte, bool, status) {
 	e.opaque(h)
 	e.u64(0)
 	e.u32(10)
-	finish(e)
+	finish(e.b)
 	c.nc.Write(e.b)
 	_, d := c.accepted(c.reply())
 	return nil, false, status(d.u32())

@@ -65,6 +65,11 @@ type call struct {
 	locked []*file // whose change lock is held
 }
 
+// reset makes c ready for another request.
+func (c *call) reset(s *Server, id identity) {
+	*c = call{srv: s, id: id, held: c.held[:0], locked: c.locked[:0]}
+}
+
 // note remembers whether the call failed, and returns the status.
 func (c *call) note(st status) status {
 	c.failed = c.failed || st != ok

@@ -115,7 +115,7 @@ func (c *client) request(prog, vers, proc uint32, args []byte) []byte {
 	e.u32(flavorNone)
 	e.u32(0)
 	e.b = append(e.b, args...)
-	finish(e)
+	finish(e.b)
 	return e.b
 }
 
@@ -123,7 +123,7 @@ func (c *client) request(prog, vers, proc uint32, args []byte) []byte {
 // spares the benchmark a copy; handles, which live longer, are copied.
 func (c *client) reply() []byte {
 	c.t.Helper()
-	rec, err := readRecord(c.r, nil)
+	rec, err := readRecord(c.r)
 	if err != nil {
 		c.t.Fatalf("reading a reply: %v", err)
 	}

@@ -95,8 +95,8 @@ func FuzzProcedures(f *testing.F) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			s.answer(netip.Addr{}, h, &decoder{b: in.b}, e)
-			finish(e)
+			s.answer(new(call), netip.Addr{}, &h, &decoder{b: in.b}, e)
+			finish(e.b)
 		}()
 		select {
 		case <-done:

@@ -5,7 +5,8 @@
 //
 // The way of a request:
 //
-//	rpc.go       a record is read from a connection, its call header decoded
+//	conn.go      a record is read from a connection
+//	rpc.go       its call header is decoded
 //	serve.go     credentials are checked, the procedure is found and run
 //	handle.go    its file handle is verified (a keyed MAC) ...
 //	files.go     ... and becomes an open file, from the cache or by the kernel's
@@ -97,6 +98,7 @@ type Server struct {
 	threads *threadPool
 	replays *replayCache
 	count   counters
+	conns   *connSet
 
 	maxConns int64
 	memory   *semaphore.Weighted // bytes of requests and replies being worked on
@@ -135,6 +137,7 @@ func New(cfg Config) (_ *Server, err error) {
 		memory:   semaphore.NewWeighted(serverMemory),
 		threads:  newThreadPool(maxThreads),
 		replays:  newReplayCache(maxReplays),
+		conns:    newConnSet(),
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)

@@ -42,7 +42,7 @@ func newReplayCache(size int) *replayCache {
 
 // begin finds the call's entry, or makes it and says that the call is the first
 // of its kind; then end must follow.
-func (r *replayCache) begin(peer netip.Addr, h callHeader, args []byte) (*replay, bool) {
+func (r *replayCache) begin(peer netip.Addr, h *callHeader, args []byte) (*replay, bool) {
 	key := replayKey{peer: peer, xid: h.xid, proc: h.proc, args: maphash.Bytes(r.seed, args)}
 	r.mu.Lock()
 	defer r.mu.Unlock()

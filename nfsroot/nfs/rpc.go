@@ -2,6 +2,7 @@ package nfs
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -50,18 +51,26 @@ const (
 // way to find the next record in it.
 var errRecord = errors.New("malformed RPC record")
 
-// Buffers come in two sizes: almost all records and replies fit the small one.
-const smallBuffer = 16 << 10
+// Buffers come in three sizes: almost all records and replies fit the small one,
+// the replies of a batch the medium one.
+const (
+	smallBuffer  = 16 << 10
+	mediumBuffer = replyBatch + smallBuffer
+)
 
 var (
-	smallBuffers = sync.Pool{New: func() any { return &buffer{make([]byte, 0, smallBuffer)} }}
-	largeBuffers = sync.Pool{New: func() any { return &buffer{make([]byte, 0, maxRecord)} }}
+	mediumBuffers = sync.Pool{New: func() any { return &buffer{make([]byte, 0, mediumBuffer)} }}
+	smallBuffers  = sync.Pool{New: func() any { return &buffer{make([]byte, 0, smallBuffer)} }}
+	largeBuffers  = sync.Pool{New: func() any { return &buffer{make([]byte, 0, maxRecord)} }}
 )
 
 // newBuffer returns an empty buffer with room for n bytes.
 func newBuffer(n int) *buffer {
-	if n <= smallBuffer {
+	switch {
+	case n <= smallBuffer:
 		return smallBuffers.Get().(*buffer)
+	case n <= mediumBuffer:
+		return mediumBuffers.Get().(*buffer)
 	}
 	return largeBuffers.Get().(*buffer)
 }
@@ -71,6 +80,9 @@ func (p *buffer) free() {
 	case c >= maxRecord:
 		p.b = p.b[:0]
 		largeBuffers.Put(p)
+	case c >= mediumBuffer:
+		p.b = p.b[:0]
+		mediumBuffers.Put(p)
 	case c >= smallBuffer:
 		p.b = p.b[:0]
 		smallBuffers.Put(p)
@@ -89,9 +101,9 @@ func (p *buffer) grow(n int) {
 }
 
 // readRecord reads one record of the record marking standard (RFC 5531
-// section 11), in as many fragments as the client likes. started is called when
-// its first bytes are there. io.EOF means a clean end between records.
-func readRecord(r *bufio.Reader, started func()) (*buffer, error) {
+// section 11), in as many fragments as the client likes. io.EOF means a clean
+// end between records.
+func readRecord(r *bufio.Reader) (*buffer, error) {
 	rec := newBuffer(0)
 	for frags := 1; ; frags++ {
 		mark, err := r.Peek(4)
@@ -101,9 +113,6 @@ func readRecord(r *bufio.Reader, started func()) (*buffer, error) {
 				return nil, noEOF(err)
 			}
 			return nil, err
-		}
-		if frags == 1 && started != nil {
-			started()
 		}
 		head := binary.BigEndian.Uint32(mark)
 		r.Discard(4)
@@ -146,7 +155,7 @@ type callHeader struct {
 
 // parseCall decodes the header of a call; d is left at the arguments. It fails
 // when the record is not a call at all, which no reply can answer.
-func parseCall(d *decoder) (h callHeader, err error) {
+func (m *credMemory) parseCall(d *decoder) (h callHeader, err error) {
 	h.xid = d.u32()
 	if typ := d.u32(); d.bad || typ != msgCall {
 		return h, fmt.Errorf("%w: not a call", errRecord)
@@ -164,11 +173,21 @@ func parseCall(d *decoder) (h callHeader, err error) {
 	}
 	h.id = identity{uid: nobody, gid: nobody}
 	if h.flavor == flavorSys {
-		var good bool
-		h.id, good = parseAuthSys(cred)
-		h.badCred = !good
+		if !bytes.Equal(cred, m.cred) || m.cred == nil {
+			m.cred = append(m.cred[:0], cred...)
+			m.id, m.good = parseAuthSys(cred)
+		}
+		h.id, h.badCred = m.id, !m.good
 	}
 	return h, nil
+}
+
+// credMemory remembers the last credential of a connection: the next call often
+// comes from the same user.
+type credMemory struct {
+	cred []byte
+	id   identity
+	good bool
 }
 
 // parseAuthSys decodes an authsys_parms (RFC 5531 appendix A).
@@ -196,9 +215,10 @@ func parseAuthSys(cred []byte) (identity, bool) {
 	return id, true
 }
 
-// acceptReply starts a reply; the record mark is filled in by finish.
+// acceptReply appends the start of a reply; the record mark is filled in by
+// finish.
 func acceptReply(e *buffer, xid, stat uint32) {
-	e.b = append(e.b[:0], 0, 0, 0, 0)
+	e.u32(0)
 	e.u32(xid)
 	e.u32(msgReply)
 	e.u32(replyAccepted)
@@ -208,14 +228,14 @@ func acceptReply(e *buffer, xid, stat uint32) {
 }
 
 func denyReply(e *buffer, xid, why uint32) {
-	e.b = append(e.b[:0], 0, 0, 0, 0)
+	e.u32(0)
 	e.u32(xid)
 	e.u32(msgReply)
 	e.u32(replyDenied)
 	e.u32(why)
 }
 
-// finish writes the record mark of a complete reply.
-func finish(e *buffer) {
-	binary.BigEndian.PutUint32(e.b, 1<<31|uint32(len(e.b)-4))
+// finish writes the record mark of a complete record.
+func finish(rec []byte) {
+	binary.BigEndian.PutUint32(rec, 1<<31|uint32(len(rec)-4))
 }

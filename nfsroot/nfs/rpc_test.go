@@ -300,7 +300,7 @@ func FuzzRecord(f *testing.F) {
 	f.Fuzz(func(t *testing.T, in []byte) {
 		r := bufio.NewReader(bytes.NewReader(in))
 		for {
-			rec, err := readRecord(r, nil)
+			rec, err := readRecord(r)
 			if err != nil {
 				if rec != nil {
 					t.Error("a record and an error")
@@ -311,7 +311,7 @@ func FuzzRecord(f *testing.F) {
 				t.Errorf("a record of %d bytes from %d", len(rec.b), len(in))
 			}
 			d := &decoder{b: rec.b}
-			h, err := parseCall(d)
+			h, err := new(credMemory).parseCall(d)
 			if err != nil && !errors.Is(err, errRecord) {
 				t.Errorf("error of another kind: %v", err)
 			}
