@@ -24,6 +24,22 @@ func (x *export) openHandle(h kernelHandle, flags int) (int, error) {
 // fileStat reads the attributes of an open file of the export.
 func (x *export) fileStat(fd int, st *unix.Stat_t) error { return unix.Fstat(fd, st) }
 
+// entryAttr reads the attributes of a name in the directory, whose handle is
+// given, without keeping it open.
+func (dir *file) entryAttr(dirfd int, name string, h kernelHandle, st *unix.Stat_t) error {
+	// Between the two questions another file may have got the name. Then the
+	// handle decides, as where it does not tell its inode number.
+	if unix.Fstatat(dirfd, name, st, unix.AT_SYMLINK_NOFOLLOW) == nil && h.names(st.Ino) {
+		return nil
+	}
+	fd, err := dir.x.openHandle(h, unix.O_PATH)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return dir.x.fileStat(fd, st)
+}
+
 // openNew makes a regular file that must not be there, with the attributes, and
 // returns a descriptor for reading and writing, and its handle. Both are good
 // also with an error that says that the attributes could not be set.

@@ -150,7 +150,9 @@ func TestEviction(t *testing.T) {
 	needRoot(t)
 	dir := t.TempDir()
 	s, addr, _ := serve(t, Export{Path: "/", Dir: dir})
-	s.files.max = 8
+	for i := range s.files.parts {
+		s.files.parts[i].max = 1
+	}
 	var wg sync.WaitGroup
 	for i := range 4 {
 		wg.Go(func() {

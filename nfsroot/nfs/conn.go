@@ -300,9 +300,10 @@ func (s *connSet) remove(c *conn) {
 	delete(s.open, c)
 }
 
-// sweep closes connections that have been at one thing for too long.
-func (s *connSet) sweep(t time.Time) {
-	now := max(1, int64(t.Sub(s.start)))
+// sweep sets the clock and closes connections that have been at one thing for
+// too long.
+func (s *connSet) sweep(t time.Time) (now int64) {
+	now = max(1, int64(t.Sub(s.start)))
 	s.clock.Store(now)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -316,4 +317,5 @@ func (s *connSet) sweep(t time.Time) {
 			}
 		}
 	}
+	return now
 }

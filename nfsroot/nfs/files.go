@@ -3,6 +3,8 @@ package nfs
 import (
 	"container/list"
 	"errors"
+	"hash/maphash"
+	"math"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -27,9 +29,11 @@ type file struct {
 	k    atomic.Uint32 // kind; 0 until known
 	dead atomic.Bool   // seen without a name
 
-	// guarded by fileCache.mu
+	part *filePart
+
+	// guarded by part.mu
 	refs int
-	used time.Time
+	used int64         // when it was released, by the clock of connSet
 	elem *list.Element // nil once out of the cache
 
 	// change is held around "attributes before, change, attributes after", so
@@ -55,9 +59,16 @@ type fileKey struct {
 
 // fileCache keeps files open between requests, least recently used first out.
 // Its cost is that of a map: nothing grows with the number of files that
-// clients know.
+// clients know. It has parts with a lock each, so that connections do not wait
+// for each other.
 type fileCache struct {
-	srv *Server
+	srv   *Server
+	seed  maphash.Seed
+	parts []filePart
+}
+
+// filePart is the files whose handles have the same hash.
+type filePart struct {
 	max int
 
 	mu    sync.Mutex
@@ -78,17 +89,33 @@ func maxFiles(want int) int {
 }
 
 func newFileCache(s *Server, size int) *fileCache {
-	return &fileCache{srv: s, max: size, files: map[fileKey]*file{}, lru: list.New()}
+	parts := 1
+	if size >= 1024 {
+		parts = 16
+	}
+	c := &fileCache{srv: s, seed: maphash.MakeSeed(), parts: make([]filePart, parts)}
+	for i := range c.parts {
+		c.parts[i] = filePart{max: size / parts, files: map[fileKey]*file{}, lru: list.New()}
+	}
+	return c
+}
+
+// part is where the file of a handle is if it is cached.
+func (c *fileCache) part(h []byte) *filePart {
+	return &c.parts[maphash.Bytes(c.seed, h)%uint64(len(c.parts))]
 }
 
 // cached returns a referenced file if it is in the cache, else nil.
-func (c *fileCache) cached(x *export, h kernelHandle) *file {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	f := c.files[fileKey{x, h}]
+func (c *fileCache) cached(x *export, h []byte) *file {
+	p := c.part(h)
+	p.mu.Lock()
+	f := p.files[fileKey{x, kernelHandle(h)}]
 	if f != nil {
 		f.refs++
-		c.lru.MoveToFront(f.elem)
+		p.lru.MoveToFront(f.elem)
+	}
+	p.mu.Unlock()
+	if f != nil {
 		c.srv.count.cacheHits.Add(1)
 	}
 	return f
@@ -97,30 +124,31 @@ func (c *fileCache) cached(x *export, h kernelHandle) *file {
 // get returns the referenced file of a handle. Nothing is opened yet: a handle
 // whose file is gone shows when a descriptor is asked for.
 func (c *fileCache) get(x *export, h kernelHandle, k kind) *file {
-	if f := c.cached(x, h); f != nil {
+	if f := c.cached(x, []byte(h)); f != nil {
 		return f
 	}
-	c.mu.Lock()
+	p := c.part([]byte(h))
+	p.mu.Lock()
 	key := fileKey{x, h}
-	f := c.files[key]
+	f := p.files[key]
 	if f == nil {
-		f = &file{srv: c.srv, x: x, h: h, path: -1, rd: -1, rw: -1}
+		f = &file{srv: c.srv, x: x, h: h, part: p, path: -1, rd: -1, rw: -1}
 		f.k.Store(uint32(k))
-		c.files[key] = f
-		f.elem = c.lru.PushFront(f)
+		p.files[key] = f
+		f.elem = p.lru.PushFront(f)
 		c.srv.count.cacheMisses.Add(1)
 	}
 	f.refs++
 	var out []*file
-	for e := c.lru.Back(); e != nil && len(c.files) > c.max; {
+	for e := p.lru.Back(); e != nil && len(p.files) > p.max; {
 		old := e.Value.(*file)
 		e = e.Prev()
 		if old.refs == 0 {
-			c.remove(old)
+			p.remove(old)
 			out = append(out, old)
 		}
 	}
-	c.mu.Unlock()
+	p.mu.Unlock()
 	for _, old := range out {
 		old.closeAll()
 	}
@@ -128,26 +156,26 @@ func (c *fileCache) get(x *export, h kernelHandle, k kind) *file {
 }
 
 // remove takes a file out of the cache; mu is held.
-func (c *fileCache) remove(f *file) {
+func (p *filePart) remove(f *file) {
 	if f.elem == nil {
 		return
 	}
-	c.lru.Remove(f.elem)
+	p.lru.Remove(f.elem)
 	f.elem = nil
-	delete(c.files, fileKey{f.x, f.h})
+	delete(p.files, fileKey{f.x, f.h})
 }
 
 // release gives a reference back.
 func (f *file) release() {
-	c := f.srv.files
-	c.mu.Lock()
+	p := f.part
+	p.mu.Lock()
 	f.refs--
-	f.used = time.Now()
+	f.used = f.srv.conns.now()
 	if f.elem != nil && (f.dead.Load() || f.refs == 0 && !f.isOpen()) {
-		c.remove(f)
+		p.remove(f)
 	}
 	gone := f.refs == 0 && f.elem == nil
-	c.mu.Unlock()
+	p.mu.Unlock()
 	if gone {
 		f.closeAll()
 	}
@@ -156,31 +184,38 @@ func (f *file) release() {
 // forget drops a file from the cache if its last name is gone: an open
 // descriptor would keep its disk space. Requests that hold it finish with it.
 func (c *fileCache) forget(x *export, h kernelHandle) {
-	if f := c.cached(x, h); f != nil {
+	if f := c.cached(x, []byte(h)); f != nil {
 		var st unix.Stat_t
 		f.stat(&st) // notices
 		f.release()
 	}
 }
 
-// sweep closes what has been idle for too long. Files removed on the host,
-// behind the server's back, give their disk space back this way.
-func (c *fileCache) sweep(now time.Time) {
+// sweep closes what has been idle for too long at a time of connSet's clock.
+// Files removed on the host, behind the server's back, give their disk space
+// back this way.
+func (c *fileCache) sweep(now int64) {
+	for i := range c.parts {
+		c.parts[i].sweep(now)
+	}
+}
+
+func (p *filePart) sweep(now int64) {
 	var fds []int
 	var out []*file
-	c.mu.Lock()
-	for e := c.lru.Back(); e != nil; {
+	p.mu.Lock()
+	for e := p.lru.Back(); e != nil; {
 		f := e.Value.(*file)
 		e = e.Prev()
 		if f.refs > 0 {
 			continue
 		}
-		idle := now.Sub(f.used)
+		idle := time.Duration(now - f.used)
 		if idle < writeIdle {
 			break // in LRU order: the rest is younger
 		}
 		if idle >= fileIdle {
-			c.remove(f)
+			p.remove(f)
 			out = append(out, f)
 			continue
 		}
@@ -190,11 +225,11 @@ func (c *fileCache) sweep(now time.Time) {
 			f.rw = -1
 		}
 		if f.path < 0 && f.rd < 0 {
-			c.remove(f)
+			p.remove(f)
 		}
 		f.mu.Unlock()
 	}
-	c.mu.Unlock()
+	p.mu.Unlock()
 	// Closing may write: not under the lock.
 	for _, fd := range fds {
 		unix.Close(fd)
@@ -206,27 +241,34 @@ func (c *fileCache) sweep(now time.Time) {
 
 // evictIdle closes every file that no request holds: the process has run out
 // of descriptors.
-func (c *fileCache) evictIdle() { c.sweep(time.Now().Add(time.Hour)) }
+func (c *fileCache) evictIdle() { c.sweep(math.MaxInt64) }
 
 func (c *fileCache) closeAll() {
-	c.mu.Lock()
-	var out []*file
-	for _, f := range c.files {
-		out = append(out, f)
-	}
-	for _, f := range out {
-		c.remove(f)
-	}
-	c.mu.Unlock()
-	for _, f := range out {
-		f.closeAll()
+	for i := range c.parts {
+		p := &c.parts[i]
+		p.mu.Lock()
+		var out []*file
+		for _, f := range p.files {
+			out = append(out, f)
+		}
+		for _, f := range out {
+			p.remove(f)
+		}
+		p.mu.Unlock()
+		for _, f := range out {
+			f.closeAll()
+		}
 	}
 }
 
-func (c *fileCache) len() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.files)
+func (c *fileCache) len() (n int) {
+	for i := range c.parts {
+		p := &c.parts[i]
+		p.mu.Lock()
+		n += len(p.files)
+		p.mu.Unlock()
+	}
+	return n
 }
 
 func (f *file) isOpen() bool {

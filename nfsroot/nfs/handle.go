@@ -1,8 +1,10 @@
 package nfs
 
 import (
+	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/binary"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -46,23 +48,57 @@ func kindOf(mode uint32) kind { return kind((mode & unix.S_IFMT) >> 12) }
 // value: four bytes of type in the machine's order of the wire, then the bytes.
 type kernelHandle string
 
+// fileHandle is a struct file_handle with room for any handle that fits ours.
+type fileHandle struct {
+	size uint32
+	typ  int32
+	data [128]byte // MAX_HANDLE_SZ
+}
+
 // handleAt asks the kernel for the handle of name in the directory dirfd, or of
-// dirfd itself when name is empty. A symbolic link is not followed.
+// dirfd itself when name is empty. A symbolic link is not followed. (x/sys asks
+// twice, first for the size.)
 func handleAt(dirfd int, name string) (kernelHandle, error) {
 	flags := 0
 	if name == "" {
 		flags = unix.AT_EMPTY_PATH
 	}
-	h, _, err := unix.NameToHandleAt(dirfd, name, flags)
-	if err != nil {
-		return "", err
+	var path [256]byte
+	if len(name) >= len(path) {
+		return "", unix.ENAMETOOLONG
 	}
-	if handleHead+h.Size()+handleMAC > maxHandle {
+	copy(path[:], name)
+	h := fileHandle{size: uint32(len(fileHandle{}.data))}
+	var mount int32
+	_, _, e := unix.Syscall6(unix.SYS_NAME_TO_HANDLE_AT, uintptr(dirfd), uintptr(unsafe.Pointer(&path[0])),
+		uintptr(unsafe.Pointer(&h)), uintptr(unsafe.Pointer(&mount)), uintptr(flags), 0)
+	if e != 0 {
+		return "", e
+	}
+	if handleHead+int(h.size)+handleMAC > maxHandle {
 		return "", unix.EOVERFLOW
 	}
-	b := make([]byte, 0, maxHandle)
-	b = binary.BigEndian.AppendUint32(b, uint32(h.Type()))
-	return kernelHandle(append(b, h.Bytes()...)), nil
+	var b [maxHandle]byte
+	binary.BigEndian.PutUint32(b[:], uint32(h.typ))
+	return kernelHandle(b[:4+copy(b[4:], h.data[:h.size])]), nil
+}
+
+// names tells whether the handle is that of a file with the inode number: false
+// too where the type of handle does not say (include/linux/exportfs.h).
+func (h kernelHandle) names(ino uint64) bool {
+	if len(h) < 12 {
+		return false
+	}
+	b := []byte(h[4:12])
+	switch typ := binary.BigEndian.Uint32([]byte(h[:4])); {
+	case typ == 0x01 && len(h) == 4+8: // FILEID_INO32_GEN: ext4, xfs
+		return uint64(binary.NativeEndian.Uint32(b)) == ino
+	case typ == 0x01 && len(h) == 4+12: // tmpfs: generation, inode
+		return binary.NativeEndian.Uint64([]byte(h[8:16])) == ino
+	case typ == 0x81, typ == 0x4d: // xfs with large inode numbers, btrfs
+		return binary.NativeEndian.Uint64(b) == ino
+	}
+	return false
 }
 
 // open opens the file that the handle names on the mount.
@@ -77,7 +113,8 @@ func (s *Server) seal(x *export, k kind, h kernelHandle) []byte {
 	b = append(b, handleVersion, byte(k))
 	b = binary.BigEndian.AppendUint32(b, x.id)
 	b = append(b, h...)
-	return append(b, s.mac(b)[:handleMAC]...)
+	var sum [sha256.Size]byte
+	return append(b, s.mac(sum[:0], b)[:handleMAC]...)
 }
 
 // resolve turns a wire handle into a referenced file; the caller releases it.
@@ -92,7 +129,7 @@ func (s *Server) resolve(wire []byte) (*file, status) {
 		s.count.badHandles.Add(1)
 		return nil, errStale
 	}
-	h := kernelHandle(signed[6:])
+	h := signed[6:]
 	if f := s.files.cached(x, h); f != nil {
 		// A cached file's own handle is known: no need to compute the MAC.
 		if subtle.ConstantTimeCompare(f.handle(), wire) == 1 {
@@ -102,11 +139,12 @@ func (s *Server) resolve(wire []byte) (*file, status) {
 		s.count.badHandles.Add(1)
 		return nil, errStale
 	}
-	if subtle.ConstantTimeCompare(s.mac(signed)[:handleMAC], sum) != 1 {
+	var want [sha256.Size]byte
+	if subtle.ConstantTimeCompare(s.mac(want[:0], signed)[:handleMAC], sum) != 1 {
 		// A wrong MAC is what a client of a server with another key sends, too:
 		// ESTALE is what its programs understand.
 		s.count.badHandles.Add(1)
 		return nil, errStale
 	}
-	return s.files.get(x, h, kind(wire[1])), ok
+	return s.files.get(x, kernelHandle(h), kind(wire[1])), ok
 }

@@ -37,6 +37,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash"
 	"io/fs"
 	"log/slog"
 	"net/netip"
@@ -93,6 +94,7 @@ type Server struct {
 	log     *slog.Logger
 	allow   func(netip.Addr) bool
 	key     []byte
+	macs    sync.Pool // of hash.Hash; see mac
 	exports []*export // longest path first
 	files   *fileCache
 	threads *threadPool
@@ -176,7 +178,7 @@ func (s *Server) addExport(e Export) (err error) {
 			return fmt.Errorf("nfs: export path %q is there twice; give each export its own", e.Path)
 		}
 	}
-	sum := s.mac([]byte("export\x00" + e.Path))
+	sum := s.mac(nil, []byte("export\x00"+e.Path))
 	x := &export{Export: e, id: binary.BigEndian.Uint32(sum), fsid: binary.BigEndian.Uint64(sum[4:])}
 	for _, other := range s.exports {
 		if other.id == x.id {
@@ -266,11 +268,18 @@ func (s *Server) Close() error {
 	return nil
 }
 
-// mac is the keyed hash under everything that must not be guessed.
-func (s *Server) mac(p []byte) []byte {
-	h := hmac.New(sha256.New, s.key)
+// mac appends the keyed hash of p to sum: that under everything that must not be
+// guessed. A used hash starts from the state after the key, so it is kept.
+func (s *Server) mac(sum, p []byte) []byte {
+	h, _ := s.macs.Get().(hash.Hash)
+	if h == nil {
+		h = hmac.New(sha256.New, s.key)
+	}
 	h.Write(p)
-	return h.Sum(nil)
+	sum = h.Sum(sum)
+	h.Reset()
+	s.macs.Put(h)
+	return sum
 }
 
 // exportByID finds the export that a handle names.

@@ -214,19 +214,14 @@ func (c *call) entry(dir *file, name string, attr *unix.Stat_t) []byte {
 	if err != nil {
 		return nil
 	}
-	if f := c.srv.files.cached(dir.x, h); f != nil {
+	if f := c.srv.files.cached(dir.x, []byte(h)); f != nil {
 		defer f.release()
 		if f.stat(attr) != nil {
 			return nil
 		}
 		return f.handle()
 	}
-	fd, err := dir.x.openHandle(h, unix.O_PATH)
-	if err != nil {
-		return nil
-	}
-	defer unix.Close(fd)
-	if dir.x.fileStat(fd, attr) != nil {
+	if dir.entryAttr(dirfd, name, h, attr) != nil {
 		return nil
 	}
 	return c.srv.seal(dir.x, kindOf(attr.Mode), h)

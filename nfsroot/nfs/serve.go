@@ -39,8 +39,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 			case <-ctx.Done():
 				return nil
 			case now := <-tick.C:
-				s.files.sweep(now)
-				s.conns.sweep(now)
+				s.files.sweep(s.conns.sweep(now))
 			}
 		}
 	})
