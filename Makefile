@@ -69,8 +69,10 @@ fuzz: build
 	    echo "== $$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$pkg || exit 1; \
 	  done; done
 
-# Files that are made from the code and committed: schema, golden help texts.
+# Files that are made from the code and committed: schema, golden help texts,
+# and the cluster's protocol (Debian package protobuf-compiler).
 generate: build
+	$(GO) generate ./services/...
 	$(GO) test ./configs/... ./cmd/... -run 'Schema|Golden' -update
 
 PREFIX ?= /usr/local
