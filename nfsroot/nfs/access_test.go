@@ -43,6 +43,8 @@ type entry = struct {
 }
 
 func TestPermissions(t *testing.T) {
+	old := unix.Umask(0o077) // for the server, which reads it at its start
+	defer unix.Umask(old)
 	dir := t.TempDir()
 	_, addr, _ := serve(t, Export{Path: "/", Dir: dir})
 	tree(t, dir,
@@ -154,9 +156,8 @@ func TestPermissions(t *testing.T) {
 		t.Errorf("the secret is now %q", data)
 	}
 
-	// Who owns what is made, with the mode as sent: no umask of the server's.
-	old := unix.Umask(0o077)
-	defer unix.Umask(old)
+	// Who owns what is made, with the mode as sent: the server's umask (077 here)
+	// plays no part.
 	_, a, st := user.create(root.walk("tmp"), "users", createGuarded, set{mode: to(uint32(0o666))})
 	if st != ok || a.uid != 1000 || a.gid != 1000 || a.mode != 0o666 {
 		t.Errorf("CREATE: %d %+v", st, a)

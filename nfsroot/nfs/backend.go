@@ -45,7 +45,7 @@ func (dir *file) entryAttr(dirfd int, name string, h kernelHandle, st *unix.Stat
 // also with an error that says that the attributes could not be set.
 func (c *call) openNew(dir *file, dirfd int, name string, mode uint32, a *sattr) (fd int, h kernelHandle, err error) {
 	fd = -1
-	err = c.create(dir.x, func() (err error) {
+	err = c.create(dir.x, mode, func() (err error) {
 		fd, err = unix.Openat(dirfd, name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
 		if err != nil {
 			return err
@@ -75,7 +75,7 @@ type newNode struct {
 
 // makeNode makes a file other than a regular one.
 func (c *call) makeNode(dir *file, dirfd int, name string, n *newNode) error {
-	return c.create(dir.x, func() error {
+	return c.create(dir.x, n.mode, func() error {
 		switch n.k {
 		case kindDir:
 			return unix.Mkdirat(dirfd, name, n.mode)

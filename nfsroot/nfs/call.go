@@ -26,7 +26,7 @@ type procedure struct {
 	name  string
 	run   func(c *call, d *decoder, e *buffer) bool
 	once  bool // doing it twice gives another answer: see replayCache
-	quick bool // reads attributes or names only
+	quick bool // reads attributes, names or little data
 }
 
 // nfsProcs is NFS version 3 in the order of its procedure numbers.
@@ -37,7 +37,7 @@ var nfsProcs = [len(nfsNames)]procedure{
 	{name: "LOOKUP", run: (*call).lookup, quick: true},
 	{name: "ACCESS", run: (*call).access, quick: true},
 	{name: "READLINK", run: (*call).readlink, quick: true},
-	{name: "READ", run: (*call).read},
+	{name: "READ", run: (*call).read, quick: true},
 	{name: "WRITE", run: (*call).write},
 	{name: "CREATE", run: (*call).createFile, once: true},
 	{name: "MKDIR", run: (*call).mkdir, once: true},
@@ -60,6 +60,8 @@ type call struct {
 	srv    *Server
 	id     identity // as sent; see as
 	failed bool     // the answer's status is not OK
+	nowait bool     // give up what would have to wait for a disk ...
+	again  bool     // ... and say so: nothing was done, and the reply is void
 
 	held   []*file // released at the end
 	locked []*file // whose change lock is held
@@ -67,7 +69,7 @@ type call struct {
 
 // reset makes c ready for another request.
 func (c *call) reset(s *Server, id identity) {
-	*c = call{srv: s, id: id, held: c.held[:0], locked: c.locked[:0]}
+	*c = call{srv: s, id: id, nowait: c.nowait, held: c.held[:0], locked: c.locked[:0]}
 }
 
 // note remembers whether the call failed, and returns the status.
@@ -117,24 +119,31 @@ func (c *call) as(x *export) identity {
 	return c.id
 }
 
-// create runs fn, which makes files in the export, as the caller: the kernel
-// checks its permission and takes uid and gid for what is made. fn may use
-// descriptors, but not open by handle.
-func (c *call) create(x *export, fn func() error) error {
-	var err error
-	if e := c.srv.threads.run(c.as(x), func() { err = fn() }); e != nil {
-		return e
-	}
-	return err
-}
-
-// change is create for an fn that makes no file. Root needs no other thread
-// for it: its gid and the umask play no part.
-func (c *call) change(x *export, fn func() error) error {
-	if c.as(x).root() {
+// create runs fn, which makes a file in the export with the mode, as the caller:
+// the kernel checks its permission and takes uid and gid for what is made. fn may
+// use descriptors, but not open by handle.
+func (c *call) create(x *export, mode uint32, fn func() error) error {
+	id, threads := c.as(x), c.srv.threads
+	switch {
+	case mode&threads.umask != 0:
+		var err error
+		if e := threads.run(id, func() { err = fn() }); e != nil {
+			return e
+		}
+		return err
+	case id.uid == threads.own.uid && id.gid == threads.own.gid && id.root():
 		return fn()
 	}
-	return c.create(x, fn)
+	return threads.here(id, fn)
+}
+
+// change is create for an fn that makes no file: root's gid plays no part.
+func (c *call) change(x *export, fn func() error) error {
+	id := c.as(x)
+	if id.root() {
+		return fn()
+	}
+	return c.srv.threads.here(id, fn)
 }
 
 // permitted asks whether the caller has the permissions on the file.

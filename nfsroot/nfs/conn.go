@@ -106,8 +106,7 @@ func (c *conn) next() error {
 		if err != nil {
 			return err
 		}
-		if quick(&h, len(rec)) {
-			c.answerQuick(&h, &d)
+		if quick(&h, len(rec)) && c.answerQuick(&h, &d) {
 			c.r.Discard(4 + len(rec))
 			return nil
 		}
@@ -141,6 +140,7 @@ func (c *conn) next() error {
 	c.work.Go(func() {
 		e := newBuffer(0)
 		q := callPool.Get().(*call)
+		q.nowait = false
 		c.answer(q, &h, d, e)
 		callPool.Put(q)
 		buf.free()
@@ -182,32 +182,49 @@ func replyCost(h *callHeader) int64 {
 	return smallBuffer
 }
 
-// answerQuick adds the reply to those that go out together.
-func (c *conn) answerQuick(h *callHeader, d *decoder) {
+// answerQuick adds the reply to those that go out together. False says that the
+// call would have to wait, and was not answered.
+func (c *conn) answerQuick(h *callHeader, d *decoder) bool {
 	if c.mine == nil {
 		c.mine = newBuffer(mediumBuffer)
 	}
-	c.answer(&c.quick, h, d, c.mine)
+	c.quick.nowait = true
+	at := len(c.mine.b)
+	if !c.answer(&c.quick, h, d, c.mine) {
+		c.mine.b = c.mine.b[:at]
+		return false
+	}
 	if len(c.mine.b) >= replyBatch {
 		c.flush()
 	}
+	return true
 }
 
-// answer works on a request, appends its reply to e and counts it.
-func (c *conn) answer(q *call, h *callHeader, d *decoder, e *buffer) {
+// answer works on a request, appends its reply to e and counts it; false as with
+// answerQuick.
+func (c *conn) answer(q *call, h *callHeader, d *decoder, e *buffer) bool {
 	begin, in, at := time.Now(), len(d.b), len(e.b)
 	p := c.srv.answer(q, c.peer, h, d, e)
+	if q.again {
+		return false
+	}
 	finish(e.b[at:])
 	p.done(begin, in, len(e.b)-at)
+	return true
 }
 
 // flush sends the reader's own replies.
 func (c *conn) flush() {
-	if c.mine != nil {
-		e := c.mine
-		c.mine = nil
-		c.send(reply{buf: e})
+	e := c.mine
+	if e == nil {
+		return
 	}
+	c.mine = nil
+	if len(e.b) == 0 {
+		e.free()
+		return
+	}
+	c.send(reply{buf: e})
 }
 
 // send writes a reply, or leaves it to the one who is writing. It never blocks

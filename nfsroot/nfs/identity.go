@@ -4,7 +4,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"runtime"
+	"strconv"
+	"strings"
 	"sync"
 	"unsafe"
 
@@ -65,6 +68,8 @@ func (id identity) squash() identity {
 // code.
 type threadPool struct {
 	slots chan struct{} // one token a running job
+	own   identity      // the process's
+	umask uint32        // the process's
 
 	mu     sync.Mutex
 	idle   []*thread // guarded by mu; most recently used last
@@ -85,7 +90,34 @@ type job struct {
 }
 
 func newThreadPool(size int) *threadPool {
-	return &threadPool{slots: make(chan struct{}, size)}
+	p := &threadPool{slots: make(chan struct{}, size), umask: umask()}
+	p.own.uid, p.own.gid = uint32(os.Geteuid()), uint32(os.Getegid())
+	groups, err := os.Getgroups()
+	if err != nil {
+		groups = nil
+	}
+	for _, g := range groups {
+		p.own.groups += string(binary.NativeEndian.AppendUint32(nil, uint32(g)))
+	}
+	return p
+}
+
+// umask reads the process's umask, which umask(2) can't without changing it;
+// 0777, which no mode fits, when that fails. It asks for the calling thread: a
+// thread of a pool may be the one that stands for the process.
+func umask() uint32 {
+	data, err := os.ReadFile("/proc/thread-self/status")
+	if err != nil {
+		return 0o777
+	}
+	for line := range strings.Lines(string(data)) {
+		if rest, found := strings.CutPrefix(line, "Umask:"); found {
+			if v, err := strconv.ParseUint(strings.TrimSpace(rest), 8, 32); err == nil {
+				return uint32(v)
+			}
+		}
+	}
+	return 0o777
 }
 
 // run calls fn on a thread that has the identity, and waits for it. The error
@@ -133,6 +165,29 @@ func (p *threadPool) pick(id identity) *thread {
 	t := p.idle[best]
 	p.idle = append(p.idle[:best], p.idle[best+1:]...)
 	return t
+}
+
+// here runs fn with the identity on the calling goroutine's own thread, and gives
+// the thread the server's identity back: handing fn to another thread and waiting
+// for it takes several times as long. fn runs with the process's umask.
+func (p *threadPool) here(id identity, fn func() error) error {
+	runtime.LockOSThread()
+	err := become(id)
+	if err == nil {
+		defer p.back()
+		return fn()
+	}
+	p.back()
+	return err
+}
+
+// back gives the calling thread the server's identity. A thread that can't have
+// it stays locked and ends with its goroutine, which must not go on.
+func (p *threadPool) back() {
+	if err := become(p.own); err != nil {
+		panic(fmt.Sprintf("taking the server's own identity back: %v", err))
+	}
+	runtime.UnlockOSThread()
 }
 
 // close ends the idle threads, and the busy ones when they are done.

@@ -123,7 +123,8 @@ type export struct {
 }
 
 // New opens the exports and checks that the process may do what serving them
-// takes. Close releases them.
+// takes. The process must not change its umask, user or groups from then on.
+// Close releases them.
 func New(cfg Config) (_ *Server, err error) {
 	if len(cfg.Exports) == 0 {
 		return nil, errors.New("nfs: no export configured; name at least one directory")

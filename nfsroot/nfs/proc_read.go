@@ -37,7 +37,11 @@ func (c *call) lookup(d *decoder, e *buffer) bool {
 	}
 	var dirAttr, attr unix.Stat_t
 	var f *file
-	if st = statusOf(dir.stat(&dirAttr)); st == ok {
+	// Taken before: with attributes from after, a client would go on believing
+	// in "no such file" when the file has come in between.
+	st = statusOf(dir.stat(&dirAttr))
+	known := st == ok
+	if known {
 		f, st = c.child(dir, &dirAttr, name, &attr)
 	}
 	e.u32(uint32(c.note(st)))
@@ -46,7 +50,10 @@ func (c *call) lookup(d *decoder, e *buffer) bool {
 		e.boolean(true)
 		e.fattr3(f.x, &attr)
 	}
-	e.postOp(dir)
+	e.boolean(known)
+	if known {
+		e.fattr3(dir.x, &dirAttr)
+	}
 	return true
 }
 

@@ -150,7 +150,8 @@ func (c *call) entries(e *buffer, wire []byte, cookie, verf uint64, dircount, ma
 		search := c.permitted(dir, &attr, mayExec)
 		e.grow(min(maxcount, maxIO) + listHead)
 		e.u32(uint32(ok))
-		e.postOp(dir)
+		e.boolean(true) // from before the listing, as in lookup
+		e.fattr3(dir.x, &attr)
 		e.u64(0) // cookie verifier
 		names, n, full := 0, 0, false
 		eof, err := dir.dirents(cookie, dircount, func(de dirent) bool {
