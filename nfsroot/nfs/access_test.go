@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"krgimage/nfsroot/meta"
 )
 
 // tree makes files with owner and mode; a name ending in / is a directory.
@@ -26,6 +28,17 @@ func tree(t *testing.T, dir string, files ...struct {
 			}
 		} else if err := os.WriteFile(p, []byte("data"), 0o600); err != nil {
 			t.Fatal(err)
+		}
+		if kept() {
+			var st unix.Stat_t
+			if err := unix.Stat(p, &st); err != nil {
+				t.Fatal(err)
+			}
+			a := meta.Attr{Mode: st.Mode&unix.S_IFMT | f.mode, UID: uint32(f.uid), GID: uint32(f.gid)}
+			if err := meta.WritePath(p, &st, a); err != nil {
+				t.Fatal(err)
+			}
+			continue
 		}
 		if err := os.Chown(p, f.uid, f.gid); err != nil {
 			t.Fatal(err)
@@ -224,6 +237,7 @@ func TestRootSquash(t *testing.T) {
 
 // TestACL: where a file has a POSIX ACL, the mode alone would lie.
 func TestACL(t *testing.T) {
+	needRoot(t)
 	dir := t.TempDir()
 	_, addr, _ := serve(t, Export{Path: "/", Dir: dir})
 	tree(t, dir, entry{"", 0, 0, 0o755}, entry{"f", 0, 0, 0o640})

@@ -11,13 +11,20 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"krgimage/nfsroot/meta"
 )
 
 // testKey signs the handles of all test servers, so that one can stand in for
 // another that was stopped.
 var testKey = []byte("0123456789abcdef0123456789abcdef")
 
-// needRoot skips tests that act as other users.
+// kept says that this is no privileged process: the server under test serves
+// directories that are kept. Root runs all tests again in such a process (see
+// TestWithoutPrivilege).
+func kept() bool { return os.Getuid() != 0 }
+
+// needRoot skips tests of what only the server of root's trees has.
 func needRoot(t testing.TB) {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -29,7 +36,14 @@ func needRoot(t testing.TB) {
 // and returns the address of its listener.
 func serve(t testing.TB, exports ...Export) (s *Server, addr string, stop func()) {
 	t.Helper()
-	needRoot(t)
+	for i := range exports {
+		if kept() {
+			exports[i].Kept = true
+		}
+		if exports[i].Kept {
+			markTop(t, exports[i].Dir)
+		}
+	}
 	s, err := New(Config{Exports: exports, HandleKey: testKey})
 	if err != nil {
 		t.Fatal(err)
@@ -55,6 +69,29 @@ func serve(t testing.TB, exports ...Export) (s *Server, addr string, stop func()
 	}
 	t.Cleanup(stop)
 	return s, ln.Addr().String(), stop
+}
+
+// testExport is an export of dir with the back end under test.
+func testExport(t testing.TB, dir string) Export {
+	if kept() {
+		markTop(t, dir)
+	}
+	return Export{Path: "/", Dir: dir, Kept: kept()}
+}
+
+// markTop makes a directory the top of a kept tree, as root's.
+func markTop(t testing.TB, dir string) {
+	t.Helper()
+	if marked, err := meta.Marked(dir); err != nil || marked {
+		return
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	if err := meta.WritePath(dir, &st, meta.Attr{Mode: unix.S_IFDIR | 0o755}); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // client is one connection with one identity.

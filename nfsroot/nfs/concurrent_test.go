@@ -147,7 +147,6 @@ func TestWcc(t *testing.T) {
 
 // TestEviction: with a cache far smaller than the files in use all still works.
 func TestEviction(t *testing.T) {
-	needRoot(t)
 	dir := t.TempDir()
 	s, addr, _ := serve(t, Export{Path: "/", Dir: dir})
 	for i := range s.files.parts {

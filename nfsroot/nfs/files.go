@@ -49,6 +49,7 @@ type file struct {
 	rw   int        // O_RDWR
 	wire []byte
 	acl  aclState
+	meta metaState // of a tree
 }
 
 // fileKey names a file among all exports.
@@ -290,10 +291,10 @@ func (f *file) closeAll() {
 
 // openHow opens the file by its handle.
 func (f *file) openHow(flags int) (int, error) {
-	fd, err := f.x.openHandle(f.h, flags)
+	fd, err := f.openByHandle(flags)
 	if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {
 		f.srv.files.evictIdle()
-		fd, err = f.x.openHandle(f.h, flags)
+		fd, err = f.openByHandle(flags)
 	}
 	return fd, err
 }
@@ -352,6 +353,9 @@ func (f *file) writeFD() (int, error) {
 	if f.kind() != kindReg {
 		return -1, unix.EINVAL
 	}
+	if f.x.tree != nil && f.x.ReadOnly {
+		return -1, unix.EROFS
+	}
 	fd, err := f.openHow(unix.O_RDWR)
 	if err != nil {
 		return -1, err
@@ -377,7 +381,7 @@ func (f *file) stat(st *unix.Stat_t) error {
 	if err != nil {
 		return err
 	}
-	if err := f.x.fileStat(fd, st); err != nil {
+	if err := f.readAttr(fd, st); err != nil {
 		return err
 	}
 	if f.k.Load() == 0 {

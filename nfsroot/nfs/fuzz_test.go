@@ -14,14 +14,13 @@ import (
 // a user. The first handle in the arguments is replaced by a good one where
 // there is one, for a fuzzer can't forge it.
 func FuzzProcedures(f *testing.F) {
-	needRoot(f)
 	outer := f.TempDir()
 	dir := filepath.Join(outer, "export")
 	os.MkdirAll(filepath.Join(dir, "sub"), 0o777)
 	os.WriteFile(filepath.Join(dir, "file"), []byte("data"), 0o666)
 	os.Symlink("file", filepath.Join(dir, "link"))
 	unix.Mkfifo(filepath.Join(dir, "fifo"), 0o666)
-	s, err := New(Config{Exports: []Export{{Path: "/", Dir: dir}}, HandleKey: testKey})
+	s, err := New(Config{Exports: []Export{testExport(f, dir)}, HandleKey: testKey})
 	if err != nil {
 		f.Fatal(err)
 	}

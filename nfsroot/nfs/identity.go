@@ -293,6 +293,9 @@ type aclState struct {
 
 // hasACL tells whether the mode alone decides about access to the file.
 func (f *file) hasACL(st *unix.Stat_t) bool {
+	if f.x.tree != nil {
+		return false // ACLs on disk are about the host's users
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.acl.known && f.acl.ctime == st.Ctim {

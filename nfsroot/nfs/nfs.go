@@ -27,9 +27,13 @@
 //
 // It needs root: CAP_DAC_READ_SEARCH for open_by_handle_at, CAP_SYS_ADMIN to
 // clone the mount, CAP_SETUID and CAP_SETGID to take the callers' identities.
+//
+// Any user can serve a tree that was made without root (Export.Kept, package
+// meta). There the server does by itself what the kernel does for root: tree.go.
 package nfs
 
 import (
+	"cmp"
 	"context"
 	"crypto/hmac"
 	"crypto/rand"
@@ -43,6 +47,7 @@ import (
 	"net/netip"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -50,6 +55,8 @@ import (
 	"github.com/google/renameio/v2"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
+
+	"krgimage/nfsroot/meta"
 )
 
 // ErrPrivilege says that the process lacks a privilege the server can't do
@@ -87,6 +94,10 @@ type Export struct {
 	Dir        string // the directory on this machine
 	ReadOnly   bool   // refuse every change
 	RootSquash bool   // callers with uid or gid 0 act as 65534
+	// Kept says that the directory belongs to the user who runs the server, and
+	// the owners of its files are kept in attributes (package meta). Such an
+	// export takes no privilege.
+	Kept bool
 }
 
 // Server serves its exports. Its methods may be called from any goroutine.
@@ -117,8 +128,9 @@ type export struct {
 	Export
 	id    uint32 // names the export in handles; from its path and the key
 	fsid  uint64
-	clone int // keeps the detached clone of the directory's mount
-	mount int // the directory on the clone: open_by_handle_at refuses O_PATH descriptors
+	clone int       // keeps the detached clone of the directory's mount
+	mount int       // the directory on the clone: open_by_handle_at refuses O_PATH descriptors
+	tree  *keptTree // of an export that is kept: it has neither of the two
 	root  *file
 }
 
@@ -159,8 +171,10 @@ func New(cfg Config) (_ *Server, err error) {
 			s.Close()
 		}
 	}()
-	if err := s.threads.check(); err != nil {
-		return nil, fmt.Errorf("nfs: can't act as another user on file access: %w (%w: run as root, with CAP_SETUID and CAP_SETGID)", err, ErrPrivilege)
+	if slices.ContainsFunc(cfg.Exports, func(e Export) bool { return !e.Kept }) {
+		if err := s.threads.check(); err != nil {
+			return nil, fmt.Errorf("nfs: can't act as another user on file access: %w (%w: run as root, with CAP_SETUID and CAP_SETGID)", err, ErrPrivilege)
+		}
 	}
 	for _, e := range cfg.Exports {
 		if err := s.addExport(e); err != nil {
@@ -186,6 +200,9 @@ func (s *Server) addExport(e Export) (err error) {
 			return fmt.Errorf("nfs: exports %q and %q get the same id with this key; rename one", e.Path, other.Path)
 		}
 	}
+	if e.Kept {
+		return s.addTree(x)
+	}
 	if x.clone, err = cloneMount(e.Dir, e.ReadOnly); err != nil {
 		return fmt.Errorf("nfs: export %s: %w", e.Path, err)
 	}
@@ -194,6 +211,9 @@ func (s *Server) addExport(e Export) (err error) {
 			unix.Close(x.clone)
 		}
 	}()
+	if kept, err := meta.Marked(e.Dir); err != nil || kept {
+		return fmt.Errorf("nfs: export %s: %w", e.Path, cmp.Or(err, fmt.Errorf("%s was made without root, and the owners of its files are not those on disk; serve it as the user that it belongs to", e.Dir)))
+	}
 	if x.mount, err = unix.Openat(x.clone, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
 		return fmt.Errorf("nfs: export %s: opening %s: %w", e.Path, e.Dir, err)
 	}
@@ -214,12 +234,36 @@ func (s *Server) addExport(e Export) (err error) {
 		}
 		return fmt.Errorf("nfs: export %s: opening %s by its handle: %w (%w)", e.Path, e.Dir, err, ErrNoHandles)
 	}
+	s.opened(x, root)
+	return nil
+}
+
+// addTree opens an export that is kept.
+func (s *Server) addTree(x *export) (err error) {
+	x.clone, x.mount = -1, -1
+	if st, err := os.Stat(x.Dir); err == nil && !st.IsDir() {
+		return fmt.Errorf("nfs: export %s: %s is not a directory; name the directory to serve", x.Path, x.Dir)
+	}
+	if x.tree, err = openTree(x.Dir, s.log, s.writeVerf.Load()); err != nil {
+		return fmt.Errorf("nfs: export %s: %w", x.Path, err)
+	}
+	root := s.files.get(x, x.tree.top, kindDir)
+	if _, err := root.fd(); err != nil {
+		root.release()
+		x.tree.close()
+		return fmt.Errorf("nfs: export %s: opening %s: %w", x.Path, x.Dir, err)
+	}
+	s.opened(x, root)
+	return nil
+}
+
+// opened takes an export into use.
+func (s *Server) opened(x *export, root *file) {
 	x.root = root // the reference is kept until Close
 	s.exports = append(s.exports, x)
 	for i := len(s.exports) - 1; i > 0 && len(s.exports[i].Path) > len(s.exports[i-1].Path); i-- {
 		s.exports[i], s.exports[i-1] = s.exports[i-1], s.exports[i]
 	}
-	return nil
 }
 
 // cloneMount returns a descriptor of a private, detached clone of the mount at
@@ -261,6 +305,10 @@ func (s *Server) Close() error {
 		}
 		s.files.closeAll()
 		for _, x := range s.exports {
+			if x.tree != nil {
+				x.tree.close()
+				continue
+			}
 			unix.Close(x.mount)
 			unix.Close(x.clone)
 		}

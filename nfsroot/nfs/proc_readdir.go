@@ -61,6 +61,10 @@ func (f *file) dirents(cookie uint64, hint int, take func(dirent) bool) (eof boo
 			if end := bytes.IndexByte(name, 0); end >= 0 {
 				name = name[:end]
 			}
+			if f.x.tree != nil && bytes.HasPrefix(name, []byte(stagePrefix)) {
+				p = p[size:]
+				continue
+			}
 			if !take(dirent{binary.NativeEndian.Uint64(p), binary.NativeEndian.Uint64(p[8:]), name}) {
 				return false, nil
 			}

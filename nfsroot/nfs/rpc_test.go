@@ -202,10 +202,9 @@ func TestReplay(t *testing.T) {
 }
 
 func TestAdmission(t *testing.T) {
-	needRoot(t)
 	var admit atomic.Bool
 	var asked atomic.Value
-	s, err := New(Config{Exports: []Export{{Path: "/", Dir: t.TempDir()}}, HandleKey: testKey, MaxConns: 1,
+	s, err := New(Config{Exports: []Export{testExport(t, t.TempDir())}, HandleKey: testKey, MaxConns: 1,
 		Allow: func(a netip.Addr) bool { asked.Store(a); return admit.Load() }})
 	if err != nil {
 		t.Fatal(err)
