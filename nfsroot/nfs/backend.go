@@ -51,41 +51,21 @@ func (f *file) readAttr(fd int, st *unix.Stat_t) error {
 
 // entryAttr reads the attributes of a name in the directory, whose handle is
 // given, without keeping it open.
-func (dir *file) entryAttr(dirfd int, name string, h kernelHandle, st *unix.Stat_t) (err error) {
-	t := dir.x.tree
-	var fd int
-	if t != nil {
-		fd, err = t.openEntry(dirfd, name, h)
-	} else {
-		fd, err = h.open(dir.x.mount, unix.O_PATH)
-	}
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	if err := unix.Fstat(fd, st); err != nil {
-		return err
-	}
-	if t != nil {
-		t.read(fd, st).Show(st)
-	}
-	return nil
-}
-
-// entryAttr reads the attributes of a name in the directory, whose handle is
-// given, without keeping it open.
 func (dir *file) entryAttr(dirfd int, name string, h kernelHandle, st *unix.Stat_t) error {
+	if t := dir.x.tree; t != nil {
+		return t.entryAttr(dirfd, name, h, st)
+	}
 	// Between the two questions another file may have got the name. Then the
 	// handle decides, as where it does not tell its inode number.
 	if unix.Fstatat(dirfd, name, st, unix.AT_SYMLINK_NOFOLLOW) == nil && h.names(st.Ino) {
 		return nil
 	}
-	fd, err := dir.x.openHandle(h, unix.O_PATH)
+	fd, err := h.open(dir.x.mount, unix.O_PATH)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(fd)
-	return dir.x.fileStat(fd, st)
+	return unix.Fstat(fd, st)
 }
 
 // openNew makes a regular file that must not be there, with the attributes, and

@@ -59,13 +59,19 @@ type fileHandle struct {
 // dirfd itself when name is empty. A symbolic link is not followed. (x/sys asks
 // twice, first for the size.)
 func handleAt(dirfd int, name string) (kernelHandle, error) {
+	h, _, err := handleAndMount(dirfd, name)
+	return h, err
+}
+
+// handleAndMount is handleAt with the id of the mount that the file is on.
+func handleAndMount(dirfd int, name string) (kernelHandle, int32, error) {
 	flags := 0
 	if name == "" {
 		flags = unix.AT_EMPTY_PATH
 	}
 	var path [256]byte
 	if len(name) >= len(path) {
-		return "", unix.ENAMETOOLONG
+		return "", 0, unix.ENAMETOOLONG
 	}
 	copy(path[:], name)
 	h := fileHandle{size: uint32(len(fileHandle{}.data))}
@@ -73,14 +79,14 @@ func handleAt(dirfd int, name string) (kernelHandle, error) {
 	_, _, e := unix.Syscall6(unix.SYS_NAME_TO_HANDLE_AT, uintptr(dirfd), uintptr(unsafe.Pointer(&path[0])),
 		uintptr(unsafe.Pointer(&h)), uintptr(unsafe.Pointer(&mount)), uintptr(flags), 0)
 	if e != 0 {
-		return "", e
+		return "", 0, e
 	}
 	if handleHead+int(h.size)+handleMAC > maxHandle {
-		return "", unix.EOVERFLOW
+		return "", 0, unix.EOVERFLOW
 	}
 	var b [maxHandle]byte
 	binary.BigEndian.PutUint32(b[:], uint32(h.typ))
-	return kernelHandle(b[:4+copy(b[4:], h.data[:h.size])]), nil
+	return kernelHandle(b[:4+copy(b[4:], h.data[:h.size])]), mount, nil
 }
 
 // names tells whether the handle is that of a file with the inode number: false

@@ -37,7 +37,7 @@ type keptTree struct {
 	root int // the top, for reading
 	top  kernelHandle
 	// mount is the top's mount id, -1 where the file system has no handles.
-	mount int
+	mount int32
 	// linkOwn says that only who could open a file may link to it, as the
 	// host's kernel has it (fs.protected_hardlinks, Documentation/admin-guide/sysctl/fs.rst).
 	linkOwn bool
@@ -95,7 +95,7 @@ func openTree(dir string, log *slog.Logger, instance uint64) (_ *keptTree, err e
 	if uid := os.Geteuid(); uint32(uid) != st.Uid {
 		return nil, fmt.Errorf("%s belongs to the user with uid %d, and this is %d: run it as that user", dir, st.Uid, uid)
 	}
-	if _, mount, err := unix.NameToHandleAt(t.root, "", unix.AT_EMPTY_PATH); err == nil {
+	if _, mount, err := handleAndMount(t.root, ""); err == nil {
 		t.mount = mount
 	}
 	if t.top, err = t.handleAt(t.root, ""); err != nil {
@@ -125,24 +125,16 @@ const inodeHandle = 0x6b726700
 // handleAt is the function of that name for files of the tree: what is mounted
 // into it is not part of it.
 func (t *keptTree) handleAt(dirfd int, name string) (kernelHandle, error) {
+	if t.mount >= 0 {
+		h, mount, err := handleAndMount(dirfd, name)
+		if err == nil && mount != t.mount {
+			return "", unix.EXDEV
+		}
+		return h, err
+	}
 	flags := 0
 	if name == "" {
 		flags = unix.AT_EMPTY_PATH
-	}
-	if t.mount >= 0 {
-		h, mount, err := unix.NameToHandleAt(dirfd, name, flags)
-		if err != nil {
-			return "", err
-		}
-		if mount != t.mount {
-			return "", unix.EXDEV
-		}
-		if handleHead+h.Size()+handleMAC > maxHandle {
-			return "", unix.EOVERFLOW
-		}
-		b := make([]byte, 0, maxHandle)
-		b = binary.BigEndian.AppendUint32(b, uint32(h.Type()))
-		return kernelHandle(append(b, h.Bytes()...)), nil
 	}
 	var st unix.Statx_t
 	if err := unix.Statx(dirfd, name, flags|unix.AT_SYMLINK_NOFOLLOW, unix.STATX_INO|unix.STATX_BTIME, &st); err != nil {
@@ -249,6 +241,20 @@ func (t *keptTree) openEntry(dirfd int, name string, h kernelHandle) (int, error
 		return -1, unix.ESTALE
 	}
 	return fd, nil
+}
+
+// entryAttr is file.entryAttr.
+func (t *keptTree) entryAttr(dirfd int, name string, h kernelHandle, st *unix.Stat_t) error {
+	fd, err := t.openEntry(dirfd, name, h)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.Fstat(fd, st); err != nil {
+		return err
+	}
+	t.read(fd, st).Show(st)
+	return nil
 }
 
 // reopen opens a file for more than its attributes, given an O_PATH descriptor.
