@@ -105,13 +105,11 @@ type result struct {
 // and how many times faster the first is than each of the others.
 func table(ctx context.Context, out io.Writer, dir string, targets []*target, n sizes, rounds int, only string) error {
 	for _, t := range targets {
-		root, err := mount(t.mount, t.path)
-		if t.root == nil {
-			t.root = root
-		} else {
-			err = nil
+		if t.root != nil {
+			continue
 		}
-		if err != nil {
+		var err error
+		if t.root, err = mount(t.mount, t.path); err != nil {
 			return fmt.Errorf("mount %s: %w", t.name, err)
 		}
 	}
