@@ -27,6 +27,7 @@ type Cluster struct {
 	Network   Network   `yaml:"network" json:"network"`
 	Boot      Boot      `yaml:"boot" json:"boot"`
 	Nodes     Nodes     `yaml:"nodes" json:"nodes"`
+	Cluster   Service   `yaml:"cluster" json:"cluster"`
 	Users     []User    `yaml:"users" json:"users" jsonschema:"description=Accounts of the container besides root. Each gets a home directory on the shared root."`
 	SSH       SSH       `yaml:"ssh" json:"ssh"`
 	Trial     Trial     `yaml:"trial" json:"trial"`
@@ -63,7 +64,11 @@ type Network struct {
 	DNS       []netip.Addr `yaml:"dns" json:"dns" jsonschema:"description=Name servers handed to the nodes."`
 	HTTPPort  int          `yaml:"http_port" json:"http_port" jsonschema:"minimum=1,maximum=65535,description=TCP port of the boot files and the node interface."`
 	NFSPort   int          `yaml:"nfs_port" json:"nfs_port" jsonschema:"minimum=1,maximum=65535,description=TCP port of NFS and MOUNT."`
-	Lease     Duration     `yaml:"lease" json:"lease" jsonschema:"description=DHCP lease time."`
+
+	ClusterPort int `yaml:"cluster_port" json:"cluster_port" jsonschema:"minimum=1,maximum=65535,description=TCP port of the head node where the nodes report and take orders (TLS)."`
+	LinkPort    int `yaml:"link_port" json:"link_port" jsonschema:"minimum=1,maximum=65535,description=TCP port of every node for the other nodes (TLS)."`
+
+	Lease Duration `yaml:"lease" json:"lease" jsonschema:"description=DHCP lease time."`
 }
 
 // Boot tunes the PXE chain.
@@ -74,7 +79,7 @@ type Boot struct {
 
 // Nodes is the node table and the policy for machines that are not in it.
 type Nodes struct {
-	Unknown string   `yaml:"unknown" json:"unknown" jsonschema:"description=What to do with a MAC that is not in the table: discover (give it the lowest free id and keep it) or refuse.,enum=discover,enum=refuse"`
+	Unknown string   `yaml:"unknown" json:"unknown" jsonschema:"description=What to do with a MAC that is not in the table: discover (give it the lowest free id and keep it) or refuse or manual (let it wait for 'krgimage nodes admit').,enum=discover,enum=refuse,enum=manual"`
 	IDs     []string `yaml:"discover_ids" json:"discover_ids" jsonschema:"description=Node ids that discovery may hand out: a list of N or N-M. Default: every id whose address is free."`
 	Table   []Node   `yaml:"table" json:"table" jsonschema:"description=Known machines."`
 }
@@ -85,6 +90,28 @@ type Node struct {
 	ID       int        `yaml:"id" json:"id" jsonschema:"required,minimum=0,maximum=255,example=1,description=Kerrighed node id 0..255."`
 	Hostname string     `yaml:"hostname" json:"hostname" jsonschema:"description=Host name; default: NAME-ID."`
 	Address  netip.Addr `yaml:"address" json:"address" jsonschema:"description=IPv4 address in the subnet; default: SUBNET+ID."`
+}
+
+// Service is the cluster service of the head node.
+type Service struct {
+	Store Store `yaml:"store" json:"store"`
+}
+
+// Store says where the cluster's shared state is kept.
+type Store struct {
+	Kind  string   `yaml:"kind" json:"kind" jsonschema:"description=embedded: in this head node alone. heads: in several head nodes together. etcd: in an etcd that is there already.,enum=embedded,enum=heads,enum=etcd"`
+	Name  string   `yaml:"name" json:"name" jsonschema:"description=With heads: which of them this one is."`
+	Heads []Head   `yaml:"heads" json:"heads" jsonschema:"description=With heads: all of them\\, three or five."`
+	URLs  []string `yaml:"urls" json:"urls" jsonschema:"description=With etcd: its members\\, https://HOST:PORT."`
+	CA    string   `yaml:"ca" json:"ca" jsonschema:"description=PEM file of the authorities that the other ends' certificates are signed by."`
+	Cert  string   `yaml:"cert" json:"cert" jsonschema:"description=PEM file of this head's own certificate."`
+	Key   string   `yaml:"key" json:"key" jsonschema:"description=PEM file of its key."`
+}
+
+// Head is one of several head nodes.
+type Head struct {
+	Name string `yaml:"name" json:"name" jsonschema:"required,example=a,description=Name of the head among the heads."`
+	URL  string `yaml:"url" json:"url" jsonschema:"required,example=https://192.0.2.1:7473,description=Where the other heads reach it: https://ADDRESS:PORT\\, not on the boot network."`
 }
 
 // User is an account of the container.

@@ -36,13 +36,18 @@ func Default() Cluster {
 			DNS:      []netip.Addr{},
 			HTTPPort: 80,
 			NFSPort:  2049,
-			Lease:    Duration(12 * time.Hour),
+
+			ClusterPort: 7470,
+			LinkPort:    7471,
+
+			Lease: Duration(12 * time.Hour),
 		},
-		Boot:  Boot{BIOS: "ipxe", Chain: "auto"},
-		Nodes: Nodes{Unknown: "discover", IDs: []string{"1-253"}, Table: []Node{}},
-		Users: []User{{Name: "krg", UID: 1000}},
-		SSH:   SSH{Keys: []string{}},
-		Trial: Trial{Nodes: 2, Memory: 512 << 20, CPUs: 1},
+		Boot:    Boot{BIOS: "ipxe", Chain: "auto"},
+		Nodes:   Nodes{Unknown: "discover", IDs: []string{"1-253"}, Table: []Node{}},
+		Cluster: Service{Store: Store{Kind: "embedded", Heads: []Head{}, URLs: []string{}}},
+		Users:   []User{{Name: "krg", UID: 1000}},
+		SSH:     SSH{Keys: []string{}},
+		Trial:   Trial{Nodes: 2, Memory: 512 << 20, CPUs: 1},
 	}
 }
 

@@ -22,6 +22,7 @@ func (c *Cluster) findings() Errors {
 	k.network()
 	k.boot()
 	k.nodes()
+	k.store()
 	k.users()
 	k.trial()
 	return k.out

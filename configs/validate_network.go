@@ -20,8 +20,21 @@ func (k *checker) network() {
 	}
 	k.within("network.http_port", n.HTTPPort, 1, 65535)
 	k.within("network.nfs_port", n.NFSPort, 1, 65535)
+	k.within("network.cluster_port", n.ClusterPort, 1, 65535)
+	k.within("network.link_port", n.LinkPort, 1, 65535)
 	if n.HTTPPort == n.NFSPort {
 		k.bad("network.nfs_port", fmt.Sprintf("%d is http_port, too", n.NFSPort), "both are TCP on the head node; choose two")
+	}
+	for _, other := range []struct {
+		name string
+		port int
+	}{{"http_port", n.HTTPPort}, {"nfs_port", n.NFSPort}} {
+		if n.ClusterPort == other.port {
+			k.bad("network.cluster_port", fmt.Sprintf("%d is %s, too", n.ClusterPort, other.name), "both are TCP on the head node; choose two")
+		}
+	}
+	if n.LinkPort == sshPort {
+		k.bad("network.link_port", fmt.Sprintf("%d is the port of the nodes' sshd", n.LinkPort), "choose another, for example 7471")
 	}
 	switch lease := time.Duration(n.Lease); {
 	case lease < time.Minute || lease > 365*24*time.Hour:
@@ -49,6 +62,9 @@ func (k *checker) network() {
 	}
 	k.once("network.dns", texts(n.DNS), same)
 }
+
+// sshPort is where the container's sshd listens on every node.
+const sshPort = 2222
 
 func texts(addrs []netip.Addr) []string {
 	out := make([]string, len(addrs))
@@ -98,7 +114,7 @@ func (k *checker) host(field string, a netip.Addr, hint string) bool {
 }
 
 func (k *checker) nodes() {
-	k.enum("nodes.unknown", k.c.Nodes.Unknown, "discover", "refuse")
+	k.enum("nodes.unknown", k.c.Nodes.Unknown, "discover", "refuse", "manual")
 	if p := k.c.Network.Subnet; k.c.hasSubnet() && p == p.Masked() && p.Bits() >= 16 && p.Bits() <= 30 {
 		k.discoverIDs()
 		k.table()
@@ -107,7 +123,7 @@ func (k *checker) nodes() {
 
 func (k *checker) discoverIDs() {
 	n := &k.c.Nodes
-	if len(n.IDs) == 0 && n.Unknown == "discover" {
+	if len(n.IDs) == 0 && n.Unknown != "refuse" {
 		k.bad("nodes.discover_ids", "is empty, so no unknown machine can get an id", "leave it out for every free id, or set nodes.unknown: refuse")
 	}
 	var owner [MaxNodeID + 1]int // 1 + index of the item that has the id
