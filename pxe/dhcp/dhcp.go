@@ -40,6 +40,8 @@ type Registry interface {
 	Assign(configs.MAC) (nodes.Node, error)
 	// Lookup returns a machine that is known already.
 	Lookup(configs.MAC) (nodes.Node, bool)
+	// IsRevoked says whether a machine was locked out.
+	IsRevoked(configs.MAC) bool
 	Leased(mac configs.MAC, until time.Time)
 	Released(configs.MAC)
 	// Discovering notes a firmware's DISCOVER.
@@ -219,6 +221,10 @@ func (s *Server) discover(request *dhcpv4.DHCPv4, c Client) (*dhcpv4.DHCPv4, *ne
 // refusal: its address may be another server's business.
 func (s *Server) request(request *dhcpv4.DHCPv4, c Client) (*dhcpv4.DHCPv4, *net.UDPAddr) {
 	n, ok := s.nodes.Lookup(c.MAC)
+	if !ok && s.nodes.IsRevoked(c.MAC) && (!request.Options.Has(dhcpv4.OptionServerIdentifier) || s.forUs(request)) {
+		s.warn("revoked/"+string(c.MAC), "machine gets no address", "mac", c.MAC, "err", nodes.ErrRevoked)
+		return s.nak(request, "this machine was revoked"), broadcast
+	}
 	if !ok {
 		return nil, nil
 	}

@@ -2,19 +2,21 @@ package nodes
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/google/renameio/v2"
 )
 
 // format is the version of the node file. A head refuses a later one rather
-// than lose what it doesn't understand.
-const format = 1
+// than lose what it doesn't understand. Format 1 had no admission.
+const format = 2
 
 type fileContent struct {
 	Format int    `json:"format"`
@@ -58,8 +60,8 @@ func parse(data []byte) ([]Node, error) {
 	if dec.More() {
 		return nil, fmt.Errorf("text after the end of the JSON (byte %d)", dec.InputOffset())
 	}
-	if c.Format != format {
-		return nil, fmt.Errorf("format %d, this program knows %d", c.Format, format)
+	if c.Format < 1 || c.Format > format {
+		return nil, fmt.Errorf("format %d, this program knows 1 to %d", c.Format, format)
 	}
 	owner, macs := map[int]string{}, map[string]bool{}
 	for i, n := range c.Nodes {
@@ -69,6 +71,8 @@ func parse(data []byte) ([]Node, error) {
 			return nil, fmt.Errorf("entry %d: %q is not a MAC", i, n.MAC)
 		case n.ID < 0 || n.ID > 255:
 			return nil, fmt.Errorf("entry %d (%s): id %d leaves 0..255", i, n.MAC, n.ID)
+		case n.Admission != ByPolicy && n.Admission != Admitted && n.Admission != Revoked:
+			return nil, fmt.Errorf("entry %d (%s): %q is no admission", i, n.MAC, n.Admission)
 		case macs[string(n.MAC)]:
 			return nil, fmt.Errorf("entry %d: %s is listed twice", i, n.MAC)
 		case owner[n.ID] != "":
@@ -86,15 +90,20 @@ func (r *Registry) save() error {
 	defer r.saveMu.Unlock()
 
 	r.mu.Lock()
-	changes, nodes := r.changes, r.snapshot()
+	changes := r.changes
+	var nodes []Node
+	for _, n := range r.nodes {
+		nodes = append(nodes, n.clone())
+	}
 	r.mu.Unlock()
+	slices.SortFunc(nodes, func(a, b Node) int { return cmp.Compare(a.ID, b.ID) })
 	if changes == r.saved {
 		return nil
 	}
 	// A row of the table that never showed up is cluster.yaml's business alone.
 	kept := nodes[:0]
 	for _, n := range nodes {
-		if n.Source == Discovered || !n.FirstSeen.IsZero() {
+		if n.Source == Discovered || !n.FirstSeen.IsZero() || n.Admission != ByPolicy {
 			kept = append(kept, n)
 		}
 	}

@@ -9,6 +9,9 @@
 // table always wins: a discovered machine loses an id or an address that the
 // table now gives to another one, and is given a new id the next time it asks.
 //
+// Whether a machine is let in at all is decided by the table, by nodes.unknown,
+// and by hand (admission.go).
+//
 // The DHCP, TFTP and HTTP servers of the head and the nodes themselves report
 // the stages of a boot; Watch hands every change to whoever shows them. The
 // package opens no socket and never talks to a node.
@@ -26,6 +29,16 @@ import (
 // refuse it.
 var ErrRefused = errors.New("not in the node table (nodes.table), and nodes.unknown is refuse")
 
+// ErrWaiting says that a MAC is not in the node table and waits to be admitted by
+// hand.
+var ErrWaiting = errors.New("not in the node table (nodes.table), and nodes.unknown is manual: 'krgimage nodes admit MAC' lets it in")
+
+// ErrRevoked says that a machine was locked out by hand.
+var ErrRevoked = errors.New("revoked: 'krgimage nodes admit MAC' lets it in again")
+
+// ErrNoMachine says that there is no machine with a MAC or an id.
+var ErrNoMachine = errors.New("no such machine; 'krgimage nodes' shows those that there are")
+
 // ErrNoFreeID says that discovery has no id left to give.
 var ErrNoFreeID = errors.New("no free node id: widen nodes.discover_ids or remove machines that are gone from the node file")
 
@@ -37,6 +50,19 @@ const (
 	Discovered Source = "discovered" // handed out by discovery
 )
 
+// Admission is what was decided by hand about a machine.
+type Admission string
+
+const (
+	ByPolicy Admission = ""         // nothing: the table and nodes.unknown decide
+	Admitted Admission = "admitted" // let in
+	Revoked  Admission = "revoked"  // locked out: no address, no boot files, no membership
+	Waiting  Admission = "waiting"  // nothing yet, and nodes.unknown is manual
+)
+
+// NoID is the id of a machine that waits and never had one.
+const NoID = -1
+
 // Node is what the head knows of one machine. It is a value: changing a copy
 // changes nothing.
 type Node struct {
@@ -45,6 +71,8 @@ type Node struct {
 	Hostname string      `json:"hostname"`
 	Address  netip.Addr  `json:"address"`
 	Source   Source      `json:"source"`
+
+	Admission Admission `json:"admission,omitempty"`
 
 	// FirstSeen is when the machine first asked for an address; zero for a row
 	// of the table that never booted.

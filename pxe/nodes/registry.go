@@ -31,6 +31,7 @@ type Registry struct {
 
 	mu       sync.Mutex
 	nodes    map[configs.MAC]*Node // guarded by mu
+	waiting  map[configs.MAC]*Node // machines without an id that wait to be admitted; guarded by mu
 	watchers map[*watcher]bool     // guarded by mu
 	changes  uint64                // counts what the file should hold; guarded by mu
 
@@ -50,6 +51,7 @@ func Open(cfg Config) (*Registry, error) {
 		now:      cfg.Now,
 		table:    map[configs.MAC]bool{},
 		nodes:    map[configs.MAC]*Node{},
+		waiting:  map[configs.MAC]*Node{},
 		watchers: map[*watcher]bool{},
 	}
 	if r.log == nil {
@@ -111,7 +113,7 @@ func (r *Registry) merge(kept []Node) {
 			if r.table[k.MAC] && row.ID != k.ID {
 				log.Warn(fmt.Sprintf("the node table gives this machine id %d: its earlier id %d is free again", row.ID, k.ID))
 			}
-			row.FirstSeen, row.Boot = k.FirstSeen, k.Boot
+			row.FirstSeen, row.Boot, row.Admission = k.FirstSeen, k.Boot, k.Admission
 			if row.Address == k.Address {
 				row.LeaseUntil = k.LeaseUntil
 			}
@@ -130,7 +132,7 @@ func (r *Registry) merge(kept []Node) {
 			log.Warn("a discovered machine loses its id: its address is " + reserved)
 			continue
 		}
-		n.FirstSeen, n.Boot = k.FirstSeen, k.Boot
+		n.FirstSeen, n.Boot, n.Admission = k.FirstSeen, k.Boot, k.Admission
 		if n.Address == k.Address {
 			n.LeaseUntil = k.LeaseUntil
 		}
@@ -175,7 +177,7 @@ func (r *Registry) reserved(a netip.Addr) string {
 
 // Assign returns the machine with this MAC; an unknown one is given an id if the
 // policy allows. A new id is on disk when Assign returns.
-// The error is ErrRefused, ErrNoFreeID or that of the file.
+// The error is ErrRefused, ErrWaiting, ErrRevoked, ErrNoFreeID or that of the file.
 func (r *Registry) Assign(mac configs.MAC) (Node, error) {
 	// Held up to the disk: a second request of the same machine must not be
 	// answered from an assignment that may yet fail.
@@ -206,9 +208,25 @@ func (r *Registry) assign(mac configs.MAC) (_ Node, isNew bool, _ error) {
 		}
 		return n.clone(), false, nil
 	}
-	if r.cluster.Nodes.Unknown == "refuse" {
-		return Node{}, false, ErrRefused
+	if n := r.nodes[mac]; n != nil && n.Admission == Revoked {
+		return Node{}, false, ErrRevoked
 	}
+	switch r.cluster.Nodes.Unknown {
+	case "refuse":
+		return Node{}, false, ErrRefused
+	case "manual":
+		r.wait(mac)
+		return Node{}, false, ErrWaiting
+	}
+	n, err := r.discover(mac)
+	if err != nil {
+		return Node{}, false, err
+	}
+	return n.clone(), true, nil
+}
+
+// discover gives a machine the lowest free id. The caller holds mu.
+func (r *Registry) discover(mac configs.MAC) (*Node, error) {
 	for _, id := range r.cluster.DiscoverIDs() {
 		n, err := r.describe(mac, id)
 		if err != nil || r.reserved(n.Address) != "" || r.owner(id, n.Address) != nil {
@@ -217,20 +235,26 @@ func (r *Registry) assign(mac configs.MAC) (_ Node, isNew bool, _ error) {
 		n.FirstSeen = r.now()
 		r.nodes[mac] = &n
 		r.changed(&n)
-		return n.clone(), true, nil
+		return &n, nil
 	}
-	return Node{}, false, ErrNoFreeID
+	return nil, ErrNoFreeID
 }
 
-// known is the machine with this MAC if the policy lets it in: with "refuse" an
-// earlier discovery keeps its id in the file, for the day the policy is changed
+// known is the machine with this MAC if it is let in: with "refuse" and "manual"
+// an earlier discovery keeps its id in the file, for the day the policy is changed
 // back, but is not served. The caller holds mu.
 func (r *Registry) known(mac configs.MAC) *Node {
 	n := r.nodes[mac]
-	if n == nil || (r.cluster.Nodes.Unknown == "refuse" && !r.table[mac]) {
+	if n == nil {
 		return nil
 	}
-	return n
+	switch {
+	case n.Admission == Revoked:
+		return nil
+	case n.Admission == Admitted, r.table[mac], r.cluster.Nodes.Unknown == "discover":
+		return n
+	}
+	return nil
 }
 
 // Lookup returns the machine with this MAC.
@@ -258,7 +282,7 @@ func (r *Registry) ByAddress(addr netip.Addr) (Node, bool) {
 	return Node{}, false
 }
 
-// Snapshot returns all machines by id.
+// Snapshot returns all machines by id, those that wait and have none first.
 func (r *Registry) Snapshot() []Node {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -267,11 +291,14 @@ func (r *Registry) Snapshot() []Node {
 
 // snapshot is Snapshot for a caller who holds mu.
 func (r *Registry) snapshot() []Node {
-	all := make([]Node, 0, len(r.nodes))
+	all := make([]Node, 0, len(r.nodes)+len(r.waiting))
 	for _, n := range r.nodes {
-		all = append(all, n.clone())
+		all = append(all, r.show(n))
 	}
-	slices.SortFunc(all, func(a, b Node) int { return cmp.Compare(a.ID, b.ID) })
+	for _, n := range r.waiting {
+		all = append(all, r.show(n))
+	}
+	slices.SortFunc(all, func(a, b Node) int { return cmp.Or(cmp.Compare(a.ID, b.ID), cmp.Compare(a.MAC, b.MAC)) })
 	return all
 }
 
@@ -384,7 +411,7 @@ func (r *Registry) LoaderAge(mac configs.MAC) (age time.Duration, ok bool) {
 func (r *Registry) changed(n *Node) {
 	r.changes++
 	for w := range r.watchers {
-		w.push(n.clone())
+		w.push(r.show(n))
 	}
 }
 

@@ -184,7 +184,7 @@ func TestUnusableFileIsKept(t *testing.T) {
 		"empty":     "",
 		"cut":       `{"format":1,"nodes":[{"mac":"52:54:00:00:00:0a","id":1`,
 		"trailing":  `{"format":1,"nodes":[]} {}`,
-		"later":     `{"format":2,"nodes":[]}`,
+		"later":     `{"format":3,"nodes":[]}`,
 		"bad MAC":   `{"format":1,"nodes":[{"mac":"52-54","id":1}]}`,
 		"two ids":   `{"format":1,"nodes":[{"mac":"52:54:00:00:00:0a","id":1},{"mac":"52:54:00:00:00:0b","id":1}]}`,
 		"two MACs":  `{"format":1,"nodes":[{"mac":"52:54:00:00:00:0a","id":1},{"mac":"52:54:00:00:00:0a","id":2}]}`,
