@@ -19,6 +19,7 @@ const (
 	RootMount = RunDir + "/root" // the NFS root, read-write
 	Binary    = RunDir + "/krg"  // the krg that runs: in memory, so that it needs no file server
 	SharedDir = RunDir + "/node"
+	IDDir     = RunDir + "/identity" // the node's key and certificate
 
 	handoverFile = "boot.json"
 	settingsFile = "settings.json"

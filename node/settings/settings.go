@@ -2,7 +2,8 @@
 // stage 1 leaves behind for PID 1.
 //
 // The head knows a node by the source address of its connection, so there is
-// nothing to log in with and nothing secret in the answer. Head is the client
+// nothing to log in with. The one secret in the answer is the boot token, and the
+// head gives it only to a port that no user of the node can use. Head is the client
 // of that interface; a head without it (a plain NFS and DHCP server) is
 // ErrNoInterface, and the node lives from its kernel command line.
 package settings
@@ -37,6 +38,16 @@ type Settings struct {
 	Time        time.Time    `json:"time"` // the head's clock when it answered
 	NFS         NFS          `json:"nfs"`
 	RescueShell bool         `json:"rescue_shell"` // a shell may be offered on the node's own console
+	Cluster     *Cluster     `json:"cluster,omitempty"`
+}
+
+// Cluster says where the cluster service is; nil in Settings: there is none.
+type Cluster struct {
+	Address  netip.AddrPort `json:"address"`         // of the head's cluster service
+	LinkPort int            `json:"link_port"`       // TCP port of every node for other nodes
+	CA       string         `json:"ca"`              // PEM; the authority to trust
+	Token    string         `json:"token,omitempty"` // for one certificate; never kept
+	Wait     string         `json:"wait,omitempty"`  // why there is no token
 }
 
 // NFS says where the shared root is.
@@ -50,6 +61,7 @@ type NFS struct {
 var (
 	ErrNoInterface = errors.New("the head has no node interface")
 	ErrRefused     = errors.New("the head doesn't know this node")
+	ErrNodeInUse   = errors.New("another machine with this node's id is running")
 )
 
 // maxAnswer bounds the head's answer; it is a few hundred bytes.
@@ -84,6 +96,10 @@ func Decode(text []byte) (Settings, error) {
 		return Settings{}, bad("nfs.path", fmt.Sprintf("%q", s.NFS.Path))
 	case s.NFS.Port < 0 || s.NFS.Port > 65535:
 		return Settings{}, bad("nfs.port", s.NFS.Port)
+	case s.Cluster != nil && (!s.Cluster.Address.IsValid() || s.Cluster.Address.Port() == 0):
+		return Settings{}, bad("cluster.address", s.Cluster.Address)
+	case s.Cluster != nil && (s.Cluster.LinkPort < 1 || s.Cluster.LinkPort > 65535):
+		return Settings{}, bad("cluster.link_port", s.Cluster.LinkPort)
 	case strings.ContainsAny(s.NFS.Server+s.NFS.Path, ", \t\n"):
 		return Settings{}, bad("nfs", fmt.Sprintf("%q", s.NFS.Server+":"+s.NFS.Path))
 	}
@@ -106,18 +122,52 @@ func NewHead(rawURL string) (*Head, error) {
 	return &Head{
 		url: strings.TrimRight(rawURL, "/"),
 		// The head is on the boot network; a proxy is never meant.
-		http: &http.Client{Transport: &http.Transport{IdleConnTimeout: 5 * time.Second, MaxIdleConns: 1}, Timeout: 10 * time.Second},
+		http: &http.Client{
+			Transport: &http.Transport{DialContext: dialAsRoot, IdleConnTimeout: 5 * time.Second, MaxIdleConns: 1},
+			Timeout:   10 * time.Second,
+		},
 	}, nil
 }
 
-// Fetch asks for this node's settings. Errors are ErrNoInterface, ErrRefused,
-// or something that another attempt may cure.
-func (h *Head) Fetch(ctx context.Context) (Settings, error) {
-	text, err := h.do(ctx, http.MethodGet, "/v1/node", nil)
+// Fetch asks for this node's settings. With the name of this boot (BootID) they
+// hold a boot token if the node has no identity yet. Errors are ErrNoInterface,
+// ErrRefused, or something that another attempt may cure.
+func (h *Head) Fetch(ctx context.Context, boot string) (Settings, error) {
+	path := "/v1/node"
+	if boot != "" {
+		path += "?boot=" + url.QueryEscape(boot)
+	}
+	text, err := h.do(ctx, http.MethodGet, path, nil)
 	if err != nil {
 		return Settings{}, err
 	}
 	return Decode(text)
+}
+
+// Certify exchanges a boot token and a certificate request for a certificate and
+// the authority's; all but the token is PEM. An empty token renews. Errors are
+// ErrNoInterface, ErrRefused (this token is of no use), ErrNodeInUse, or something
+// that another attempt may cure.
+func (h *Head) Certify(ctx context.Context, token string, request []byte) (cert, authority []byte, err error) {
+	body, err := json.Marshal(struct {
+		Token string `json:"token"`
+		CSR   string `json:"csr"`
+	}{token, string(request)})
+	if err != nil {
+		return nil, nil, err
+	}
+	text, err := h.do(ctx, http.MethodPost, "/v1/node/identity", body)
+	if err != nil {
+		return nil, nil, err
+	}
+	var answer struct {
+		Certificate string `json:"certificate"`
+		CA          string `json:"ca"`
+	}
+	if err := json.Unmarshal(text, &answer); err != nil {
+		return nil, nil, fmt.Errorf("node identity: %w", err)
+	}
+	return []byte(answer.Certificate), []byte(answer.CA), nil
 }
 
 // PostStage posts one stage of the boot. bootlog.ErrRejected says that another
@@ -151,6 +201,8 @@ func (h *Head) do(ctx context.Context, method, path string, body []byte) ([]byte
 	switch code := resp.StatusCode; {
 	case code == http.StatusForbidden || code == http.StatusUnauthorized:
 		return nil, fmt.Errorf("%s%s: %w (%s)", h.url, path, ErrRefused, firstLine(text))
+	case code == http.StatusConflict:
+		return nil, fmt.Errorf("%s%s: %w", h.url, path, ErrNodeInUse)
 	case code == http.StatusNotFound || code == http.StatusMethodNotAllowed || code == http.StatusNotImplemented:
 		return nil, fmt.Errorf("%s%s: %w", h.url, path, ErrNoInterface)
 	case code == http.StatusBadRequest:

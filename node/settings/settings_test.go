@@ -86,7 +86,7 @@ func TestHead(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctx := context.Background()
-	if s, err := h.Fetch(ctx); err != nil || s.NodeID != 3 {
+	if s, err := h.Fetch(ctx, ""); err != nil || s.NodeID != 3 {
 		t.Errorf("Fetch = %+v, %v", s, err)
 	}
 	status = http.StatusNoContent
@@ -106,7 +106,7 @@ func TestHead(t *testing.T) {
 		{http.StatusServiceUnavailable, nil, false},
 	} {
 		status, body = tc.status, "because\nof this"
-		_, err := h.Fetch(ctx)
+		_, err := h.Fetch(ctx, "")
 		if err == nil || tc.fetch != nil && !errors.Is(err, tc.fetch) {
 			t.Errorf("%d: Fetch = %v, want %v", tc.status, err, tc.fetch)
 		}

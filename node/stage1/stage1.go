@@ -28,6 +28,7 @@ import (
 	"krgimage/node/bootlog"
 	"krgimage/node/cmdline"
 	"krgimage/node/coldplug"
+	"krgimage/node/enroll"
 	"krgimage/node/rescue"
 	"krgimage/node/retry"
 	"krgimage/node/settings"
@@ -174,11 +175,12 @@ func (b *boot) drivers(ctx context.Context) error {
 }
 
 // fetchTries bounds the questions to a head that names itself in DHCP but
-// doesn't answer: about half a minute.
+// doesn't answer or doesn't admit the node yet: about half a minute.
 const fetchTries = 8
 
-// meetHead asks the head for the node's settings and starts posting stages.
-// Without a head the command line alone counts.
+// meetHead asks the head for the node's settings and its identity and starts
+// posting stages. Without a head the command line alone counts; without an
+// identity the node boots, and its daemon goes on asking.
 func (b *boot) meetHead(ctx context.Context) {
 	url := b.hand.Lease.HeadURL
 	if url == "" {
@@ -192,23 +194,37 @@ func (b *boot) meetHead(ctx context.Context) {
 	}
 	b.head = head
 	b.startPosting(ctx)
+	boot, err := settings.BootID()
+	if err != nil {
+		b.log.Warn("identity: the kernel doesn't name this boot", "err", err)
+	}
 	ctx, giveUp := context.WithCancel(ctx)
 	defer giveUp()
 	wait := retry.Backoff{Min: 500 * time.Millisecond, Max: 5 * time.Second, Jitter: 0.5}
 	err = retry.Do(ctx, retry.System{}, wait, func(ctx context.Context, attempt int) error {
-		s, err := head.Fetch(ctx)
-		if err == nil {
+		s, holder, err := enroll.Once(ctx, head, settings.IDDir, boot)
+		if s.SessionID != 0 {
 			b.hand.Settings, b.hand.Received = &s, bootlog.Uptime()
-			return nil
 		}
-		if attempt >= fetchTries || errors.Is(err, settings.ErrNoInterface) || errors.Is(err, settings.ErrRefused) {
+		switch {
+		case err == nil:
+			id, _ := holder.ID()
+			b.log.Info("identity: " + id.String())
+			return nil
+		case errors.Is(err, enroll.ErrNoCluster):
+			return nil
+		case attempt >= fetchTries || errors.Is(err, settings.ErrNoInterface) || s.SessionID == 0 && errors.Is(err, settings.ErrRefused):
 			giveUp()
 		}
 		return err
 	}, func(err error, wait time.Duration) {
-		b.log.Warn("settings: the head doesn't answer; asking again", "err", err, "again_in", wait.Round(100*time.Millisecond))
+		b.log.Warn("settings: asking the head again", "err", err, "again_in", wait.Round(100*time.Millisecond))
 	})
-	if err != nil {
+	switch {
+	case err == nil:
+	case b.hand.Settings != nil:
+		b.log.Warn("identity: none yet; the node's daemon will ask again", "err", err)
+	default:
 		b.log.Warn("settings: using the kernel command line", "err", err)
 	}
 }

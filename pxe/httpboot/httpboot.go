@@ -9,9 +9,11 @@
 //	GET  /boot/NAME          loaders
 //	GET  /v1/node            the node's settings, see Settings
 //	POST /v1/node/stage      a stage of the node's boot, see StageReport
+//	POST /v1/node/identity   a boot token for a certificate, see identity.go
 //
 // A node is known by the address it asks from: the registry knows which machine
-// was leased it. Nothing secret is served here, and nothing but stages is taken.
+// was leased it. The one secret that is served here is the boot token, and only
+// to the kernel's own side of a node: to ports that no user of it can use.
 // The kernel command line is made here too (cmdline.go), for iPXE and pxelinux
 // alike.
 package httpboot
@@ -52,6 +54,7 @@ type Config struct {
 	Initramfs string            // path of initramfs.img
 	Loaders   map[string]string // name below /boot/ to path
 	NFSPath   string            // exported path of the root, "/" if empty
+	Admission Admission         // nil: there is no cluster service
 	Log       *slog.Logger      // nil: silent
 	Now       func() time.Time  // nil: time.Now
 }
@@ -96,6 +99,9 @@ func New(cfg Config) *Server {
 	}
 	s.mux.HandleFunc("GET /v1/node", s.settings)
 	s.mux.HandleFunc("POST /v1/node/stage", s.stage)
+	if cfg.Admission != nil {
+		s.mux.HandleFunc("POST /v1/node/identity", s.identity)
+	}
 	return s
 }
 
@@ -184,6 +190,7 @@ type Settings struct {
 	Time        time.Time    `json:"time"` // the head's clock, RFC 3339 with nanoseconds
 	NFS         NFS          `json:"nfs"`
 	RescueShell bool         `json:"rescue_shell"`
+	Cluster     *Cluster     `json:"cluster,omitempty"` // nil: there is no cluster service
 }
 
 // NFS says where a node's root is.
@@ -212,6 +219,7 @@ func (s *Server) settings(w http.ResponseWriter, r *http.Request) {
 		Time:        s.cfg.Now(),
 		NFS:         NFS{c.Network.Head, c.Network.NFSPort, s.cfg.NFSPath},
 		RescueShell: c.Initramfs.RescueShell,
+		Cluster:     s.cluster(r, n),
 	})
 }
 

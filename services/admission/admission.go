@@ -46,8 +46,9 @@ const (
 
 // Errors besides those of package identity.
 var (
-	ErrAlive       = errors.New("this node id is in use by a machine that is running")
-	ErrNotAdmitted = errors.New("not admitted")
+	ErrAlive        = errors.New("this node id is in use by a machine that is running")
+	ErrNotAdmitted  = errors.New("not admitted")
+	ErrUnprivileged = errors.New("asked from a port that every user of a node can use")
 )
 
 // Config is what a Desk works from.

@@ -16,6 +16,7 @@ var reasons = []struct {
 }{
 	{ErrAlive, "alive"},
 	{ErrNotAdmitted, "not_admitted"},
+	{ErrUnprivileged, "unprivileged"},
 	{identity.ErrUnknown, "token_unknown"},
 	{identity.ErrUsed, "token_used"},
 	{identity.ErrTokenExpired, "token_expired"},
@@ -30,6 +31,9 @@ var reasons = []struct {
 	{identity.ErrMalformed, "malformed"},
 }
 
+// Other is the Reason of errors that are no refusals: of the store, for example.
+const Other = "other"
+
 // Reason names an error as Refused counts it.
 func Reason(err error) string {
 	for _, r := range reasons {
@@ -37,13 +41,13 @@ func Reason(err error) string {
 			return r.name
 		}
 	}
-	return "other"
+	return Other
 }
 
 // Refused is how much was refused since the start, by reason; every reason is
 // there, also those at zero.
 func (d *Desk) Refused() map[string]uint64 {
-	all := map[string]uint64{"other": 0}
+	all := map[string]uint64{Other: 0}
 	for _, r := range reasons {
 		all[r.name] = 0
 	}
