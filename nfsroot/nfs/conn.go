@@ -209,7 +209,7 @@ func (c *conn) answer(q *call, h *callHeader, d *decoder, e *buffer) bool {
 		return false
 	}
 	finish(e.b[at:])
-	p.done(begin, in, len(e.b)-at)
+	p.done(time.Since(begin), in, len(e.b)-at)
 	return true
 }
 

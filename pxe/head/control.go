@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"iter"
 	"log/slog"
@@ -25,6 +26,8 @@ import (
 //	GET /v1/nodes        all machines, a JSON array of nodes.Node
 //	GET /v1/nodes/watch  the same as JSON lines, then every machine that changes
 //	GET /v1/health       a Health
+//	GET /v1/nfs          the file server's counters
+//	GET /metrics         all counters in Prometheus form
 //
 // It is a unix socket with mode 0600 in a directory with mode 0700.
 const controlName = "control.sock"
@@ -152,6 +155,12 @@ func (h *Head) serveControl(ctx context.Context, l net.Listener) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/nodes", func(w http.ResponseWriter, r *http.Request) { writeJSON(w, h.nodes.Snapshot()) })
 	mux.HandleFunc("GET /v1/health", func(w http.ResponseWriter, r *http.Request) { writeJSON(w, h.health.report()) })
+	if h.cfg.NFSStats != nil {
+		mux.HandleFunc("GET /v1/nfs", func(w http.ResponseWriter, r *http.Request) { writeJSON(w, h.cfg.NFSStats()) })
+	}
+	if h.cfg.Metrics != nil {
+		mux.Handle("GET /metrics", h.cfg.Metrics)
+	}
 	mux.HandleFunc("GET /v1/nodes/watch", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/jsonl")
 		out, flush := json.NewEncoder(w), http.NewResponseController(w)
@@ -225,6 +234,22 @@ func (c *Client) Health(ctx context.Context) (Health, error) {
 	var h Health
 	err := c.get(ctx, "/v1/health", &h)
 	return h, err
+}
+
+// NFS reads the file server's counters into stats.
+func (c *Client) NFS(ctx context.Context, stats any) error { return c.get(ctx, "/v1/nfs", stats) }
+
+// Metrics copies the head's counters in Prometheus form to out.
+func (c *Client) Metrics(ctx context.Context, out io.Writer) error {
+	resp, err := c.open(ctx, "/metrics")
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(out, resp.Body); err != nil {
+		return fmt.Errorf("head node: /metrics: %w", err)
+	}
+	return nil
 }
 
 // Watch yields every machine as it is now, and then each one that changes, until

@@ -20,6 +20,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -70,9 +71,11 @@ type Image struct {
 type Config struct {
 	Cluster  configs.Cluster
 	Image    Image
-	NFS      NFS    // nil: no NFS is served (a root on an existing filer)
-	NFSPath  string // path of the root in the export, "/" if empty
-	StateDir string // the registry and the control socket are in StateDir/head
+	NFS      NFS          // nil: no NFS is served (a root on an existing filer)
+	NFSPath  string       // path of the root in the export, "/" if empty
+	NFSStats func() any   // what GET /v1/nfs on the control socket answers, as JSON; nil: no such thing
+	Metrics  http.Handler // GET /metrics on the control socket; nil: no such thing
+	StateDir string       // the registry and the control socket are in StateDir/head
 	Network  Network
 	Force    bool         // serve even if another DHCP server answers
 	Log      *slog.Logger // nil: silent

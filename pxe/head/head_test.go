@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -104,6 +105,8 @@ func TestControl(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			cfg := config(t)
 			cfg.StateDir = filepath.Join(cfg.StateDir, dir)
+			cfg.NFSStats = func() any { return map[string]int{"open": 3} }
+			cfg.Metrics = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "metric 1\n") })
 			if _, err := Dial(t.Context(), cfg.StateDir); !errors.Is(err, ErrNotRunning) {
 				t.Fatalf("Dial before the start: %v", err)
 			}
@@ -120,6 +123,14 @@ func TestControl(t *testing.T) {
 			health, err := c.Health(t.Context())
 			if err != nil || !health.OK || len(health.Services) != 7 || health.Services["nfs"] != "up" {
 				t.Errorf("health %+v, %v", health, err)
+			}
+			var stats struct{ Open int }
+			if err := c.NFS(t.Context(), &stats); err != nil || stats.Open != 3 {
+				t.Errorf("file server's counters %+v, %v", stats, err)
+			}
+			var text strings.Builder
+			if err := c.Metrics(t.Context(), &text); err != nil || text.String() != "metric 1\n" {
+				t.Errorf("metrics %q, %v", text.String(), err)
 			}
 
 			const mac = configs.MAC("52:54:00:00:00:0a")

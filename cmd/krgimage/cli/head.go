@@ -5,12 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/google/renameio/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"krgimage/configs"
 	"krgimage/images"
@@ -84,7 +88,7 @@ func (a *app) openHead(ctx context.Context, c configs.Cluster, im *images.Image,
 	}
 	h.close = append(h.close, func() { server.Close() })
 	h.Head, err = head.New(head.Config{
-		Cluster: c, NFS: server, StateDir: o.state, Network: o.network, Force: o.force, Log: o.log,
+		Cluster: c, NFS: server, NFSStats: func() any { return server.Stats() }, Metrics: metrics(server), StateDir: o.state, Network: o.network, Force: o.force, Log: o.log,
 		Image: head.Image{Kernel: im.Path(images.KernelFile), Initramfs: im.Path(images.InitramfsFile), LoaderDir: im.Path(images.LoaderDir)},
 	})
 	if err != nil {
@@ -95,6 +99,14 @@ func (a *app) openHead(ctx context.Context, c configs.Cluster, im *images.Image,
 		return known
 	}
 	return h, nil
+}
+
+// metrics serves the counters of the head node in Prometheus form.
+func metrics(server *nfs.Server) http.Handler {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(server.Metrics(), collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
 }
 
 // requireRoot says before anything is begun that a command can't do without.
