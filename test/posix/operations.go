@@ -18,7 +18,6 @@ type operation struct {
 	needs   need
 	dir     bool // works on directories only
 	changes bool // refused on a read-only file system
-	nofault bool // the path doesn't go to the kernel as it is
 	run     func(p, aux string) error
 }
 
