@@ -102,7 +102,7 @@ Start with:
 	flags.StringVar(&a.stateDir, "state", "", "`directory` of the image, the shared root and the node table (default: state beside the configuration)")
 	flags.StringVar(&a.cacheDir, "cache", "", "`directory` of downloaded packages (default: krgimage in the user's cache directory)")
 	flags.BoolVarP(&a.verbose, "verbose", "v", false, "log what happens inside")
-	root.AddCommand(a.initCommand(), a.configCommand(), a.buildCommand(), a.serveCommand(), a.nodesCommand(), a.nfsCommand(),
+	root.AddCommand(a.initCommand(), a.configCommand(), a.buildCommand(), a.serveCommand(), a.nodesCommand(), a.nfsCommand(), a.logsCommand(),
 		a.trialCommand(), a.sshCommand(), a.manCommand())
 	return root
 }
