@@ -26,6 +26,7 @@ import (
 type Request struct {
 	Command string `json:"command"` // poweroff, reboot, status, log
 	Service string `json:"service,omitempty"`
+	After   uint64 `json:"after,omitempty"` // log: leave out so many bytes of the service's output
 }
 
 // Answer is what PID 1 says.
@@ -33,6 +34,7 @@ type Answer struct {
 	Error    string             `json:"error,omitempty"`
 	Services []supervise.Status `json:"services,omitempty"`
 	Log      string             `json:"log,omitempty"`
+	LogEnd   uint64             `json:"log_end,omitempty"` // the next After
 }
 
 // Machine carries requests out.

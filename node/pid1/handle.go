@@ -26,7 +26,8 @@ func (m *machine) Handle(r control.Request) (control.Answer, error) {
 		if u == nil || r.Service != "" && r.Service != u.Status().Name {
 			return control.Answer{}, fmt.Errorf("no service %q", r.Service)
 		}
-		return control.Answer{Log: string(u.Log().Bytes())}, nil
+		text, end := u.Log().Since(r.After)
+		return control.Answer{Log: string(text), LogEnd: end}, nil
 	default:
 		return control.Answer{}, fmt.Errorf("unknown command %q", r.Command)
 	}

@@ -12,6 +12,7 @@ type Ring struct {
 	buf  []byte // guarded by mu
 	next int    // guarded by mu: where the next byte goes
 	full bool   // guarded by mu
+	all  uint64 // guarded by mu: bytes ever written
 }
 
 // NewRing returns a ring of size bytes.
@@ -22,6 +23,7 @@ func (r *Ring) Write(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	n := len(p)
+	r.all += uint64(n)
 	if len(p) >= len(r.buf) {
 		copy(r.buf, p[len(p)-len(r.buf):])
 		r.next, r.full = 0, true
@@ -41,6 +43,11 @@ func (r *Ring) Write(p []byte) (int, error) {
 func (r *Ring) Bytes() []byte {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	return r.bytes()
+}
+
+// bytes is Bytes for a caller who holds mu.
+func (r *Ring) bytes() []byte {
 	if !r.full {
 		return bytes.Clone(r.buf[:r.next])
 	}
@@ -49,6 +56,19 @@ func (r *Ring) Bytes() []byte {
 		out = out[i+1:]
 	}
 	return out
+}
+
+// Since returns what was written after the first n bytes ever, as far as it is
+// kept, and how many bytes there were in all. An n from another ring gives all
+// that is kept.
+func (r *Ring) Since(n uint64) (text []byte, all uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	text = r.bytes()
+	if n <= r.all && r.all-n <= uint64(len(text)) {
+		text = text[uint64(len(text))-(r.all-n):]
+	}
+	return text, r.all
 }
 
 // Tail returns the last n lines.

@@ -235,3 +235,25 @@ func TestRing(t *testing.T) {
 		}
 	}
 }
+
+func TestRingSince(t *testing.T) {
+	r := NewRing(16)
+	var got strings.Builder
+	var at uint64
+	for _, w := range []string{"", "ab\n", "cd\nef", "\n0123456789\n", "x\n"} {
+		r.Write([]byte(w))
+		text, end := r.Since(at)
+		got.Write(text)
+		at = end
+	}
+	if want := "ab\ncd\nef\n0123456789\nx\n"; got.String() != want || at != uint64(len(want)) {
+		t.Errorf("%q, %d bytes; want %q", got.String(), at, want)
+	}
+	r.Write([]byte("a line that is lost\nkept\n"))
+	if text, _ := r.Since(at); string(text) != "kept\n" {
+		t.Errorf("after a loss: %q", text)
+	}
+	if text, _ := r.Since(1000); string(text) != "kept\n" {
+		t.Errorf("of another ring: %q", text)
+	}
+}

@@ -76,13 +76,18 @@ func (c *Collector) ReadKernel(ctx context.Context, device, mark string) error {
 	defer f.Close()
 	stop := context.AfterFunc(ctx, func() { f.Close() })
 	defer stop()
+	return c.readKernel(ctx, f, mark)
+}
+
+// readKernel is ReadKernel with a reader that gives a record at each Read.
+func (c *Collector) readKernel(ctx context.Context, device io.Reader, mark string) error {
 	next := uint64(0)
 	if text, err := os.ReadFile(mark); err == nil {
 		next, _ = strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
 	}
 	buf := make([]byte, 8<<10) // a record is shorter
 	for {
-		n, err := f.Read(buf)
+		n, err := device.Read(buf)
 		switch {
 		case ctx.Err() != nil:
 			return nil
