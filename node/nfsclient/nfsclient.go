@@ -1,7 +1,9 @@
-// Package nfsclient says how a node mounts NFS: the options that the shared
-// root is mounted with on every node. Stage 1 calls it, and so do the tests that
-// put the Linux client to work against the server; it never mounts anything
-// itself. What the options mean for programs is in docs/nfs.md.
+// Package nfsclient is how a node mounts NFS: the options that the shared root
+// is mounted with on every node, and the patience to do it. Stage 1 mounts the
+// root without locks, for it has nobody yet who could take care of them; PID 1
+// mounts it once more, with locks, for the container. Tests that put the Linux
+// client to work against the server use the same options. What the options mean
+// for programs is in docs/nfs.md.
 package nfsclient
 
 import (
@@ -13,15 +15,17 @@ import (
 
 // Mount is a tree on a server.
 type Mount struct {
-	Server    netip.Addr // IPv4
-	Path      string
-	Port      int      // of NFS
-	MountPort int      // of MOUNT; 0: ask the server's portmapper
-	Options   []string // besides the usual ones, over which they win
+	Server    netip.Addr `json:"server"` // IPv4
+	Path      string     `json:"path"`
+	Port      int        `json:"port"`                 // of NFS
+	MountPort int        `json:"mount_port,omitempty"` // of MOUNT; 0: ask the server's portmapper
+	Options   []string   `json:"options,omitempty"`    // besides the usual ones, over which they win
+	Flags     uintptr    `json:"flags,omitempty"`      // of mount(2)
+	Locks     bool       `json:"locks,omitempty"`      // flock and fcntl hold between the nodes
 }
 
 // options hold for every node's root.
-var options = []string{"vers=3", "proto=tcp", "mountproto=tcp", "mountvers=3", "nolock", "hard"}
+var options = []string{"vers=3", "proto=tcp", "mountproto=tcp", "mountvers=3", "hard"}
 
 // String is the source of mount(2).
 func (m Mount) String() string { return m.Server.String() + ":" + m.Path }
@@ -35,5 +39,16 @@ func (m Mount) Data() string {
 	if m.MountPort != 0 {
 		o = append(o, "mountport="+strconv.Itoa(m.MountPort))
 	}
-	return strings.Join(slices.Concat(options, o, m.Options), ",")
+	// Without locks the kernel keeps them for itself, each node its own. The two
+	// kinds don't share a page cache (nfs_compare_super in fs/nfs/super.c).
+	lock := "nolock"
+	if m.Locks {
+		lock = "lock"
+	}
+	return strings.Join(slices.Concat(options, []string{lock}, o, m.Options), ",")
+}
+
+// WantsLocks says whether the options leave the locks to the server.
+func (m Mount) WantsLocks() bool {
+	return !slices.ContainsFunc(m.Options, func(o string) bool { return o == "nolock" || o == "local_lock=all" })
 }

@@ -10,6 +10,7 @@ import (
 	"krgimage/node/bootlog"
 	"krgimage/node/cmdline"
 	"krgimage/node/lease"
+	"krgimage/node/nfsclient"
 )
 
 // Paths on a node. RunDir is a tmpfs of the host part; SharedDir is the part of
@@ -39,6 +40,7 @@ type Handover struct {
 	Domain   string           `json:"domain,omitempty"`
 	Lease    lease.Lease      `json:"lease"`
 	NFS      string           `json:"nfs"` // SERVER:PATH
+	Root     nfsclient.Mount  `json:"root"`
 	Image    Image            `json:"image"`
 
 	Settings *Settings       `json:"settings,omitempty"` // nil: the head has no node interface

@@ -101,10 +101,10 @@ func (b *boot) run(ctx context.Context) error {
 	if err := os.MkdirAll(nfsDir, 0o755); err != nil {
 		return err
 	}
-	if err := mountRoot(ctx, b.log, src, nfsDir); err != nil {
+	if err := src.Mount(ctx, b.log, nfsDir); err != nil {
 		return err
 	}
-	b.hand.NFS = src.String()
+	b.hand.NFS, b.hand.Root = src.String(), src
 	if b.hand.Image, err = checkRoot(nfsDir, settings.Binary); err != nil {
 		return err
 	}

@@ -31,7 +31,7 @@ func TestRootSource(t *testing.T) {
 	withPath := l
 	withPath.RootPath = "10.0.0.7:/export,rsize=4096"
 	head := &settings.Settings{NFS: settings.NFS{Server: "10.0.0.5", Port: 2050, Path: "/live"}}
-	const base = "vers=3,proto=tcp,mountproto=tcp,mountvers=3,nolock,hard"
+	const base = "vers=3,proto=tcp,mountproto=tcp,mountvers=3,hard,nolock"
 	for _, tc := range []struct {
 		name, line string
 		head       *settings.Settings
@@ -67,8 +67,8 @@ func TestRootSource(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if s.String() != tc.want || s.data() != tc.data || s.flags != tc.flags {
-				t.Errorf("source %s flags %#x\n%s, want %s flags %#x\n%s", s, s.flags, s.data(), tc.want, tc.flags, tc.data)
+			if s.String() != tc.want || s.Data() != tc.data || s.Flags != tc.flags {
+				t.Errorf("source %s flags %#x\n%s, want %s flags %#x\n%s", s, s.Flags, s.Data(), tc.want, tc.flags, tc.data)
 			}
 		})
 	}

@@ -31,6 +31,7 @@ type Guest struct {
 	Name    string
 	Addr    netip.Addr
 	net     *Net
+	tap     string
 	cmd     *exec.Cmd
 	ended   chan struct{} // closed when the kernel's process has ended
 	console *console
@@ -47,12 +48,31 @@ func (n *Net) BootAll(t testing.TB, names ...string) []*Guest {
 	t.Helper()
 	var guests []*Guest
 	for _, name := range names {
-		g, err := n.start(t, name)
+		tap, addr, err := n.plug()
 		if err != nil {
+			t.Fatalf("User-Mode Linux %s: %v", name, err)
+		}
+		g := &Guest{Name: name, Addr: addr, net: n, tap: tap}
+		if err := g.start(t); err != nil {
 			t.Fatalf("User-Mode Linux %s: %v", name, err)
 		}
 		guests = append(guests, g)
 	}
+	awaitAll(t, guests)
+	return guests
+}
+
+// BootAgain boots a guest that was killed, with its name and address.
+func (g *Guest) BootAgain(t testing.TB) {
+	t.Helper()
+	if err := g.start(t); err != nil {
+		t.Fatalf("User-Mode Linux %s: %v", g.Name, err)
+	}
+	awaitAll(t, []*Guest{g})
+}
+
+func awaitAll(t testing.TB, guests []*Guest) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), bootLimit)
 	defer cancel()
 	for _, g := range guests {
@@ -60,50 +80,48 @@ func (n *Net) BootAll(t testing.TB, names ...string) []*Guest {
 			t.Fatalf("User-Mode Linux %s: %v\nconsole:\n%s", g.Name, err, g.console)
 		}
 	}
-	return guests
 }
 
-func (n *Net) start(t testing.TB, name string) (*Guest, error) {
+func (g *Guest) start(t testing.TB) error {
 	linux, err := kernel()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	self, err := os.Executable()
 	if err != nil {
-		return nil, err
-	}
-	tap, addr, err := n.plug()
-	if err != nil {
-		return nil, err
+		return err
 	}
 	dir := t.TempDir()
-	g := &Guest{Name: name, Addr: addr, net: n, ended: make(chan struct{}), console: &console{}}
+	ended := make(chan struct{})
+	g.ended, g.console = ended, &console{}
 	g.cmd = exec.Command(linux,
 		"mem=768M", "rootfstype=hostfs", "rootflags=/", "ro", "quiet", "panic=-1",
-		"uml_dir="+dir, "umid="+name, "con=null", "con0=null,fd:1", "ssl=null",
+		"uml_dir="+dir, "umid="+g.Name, "con=null", "con0=null,fd:1", "ssl=null",
 		// gro=1: without it large incoming segments are dropped.
-		"vec0:transport=tap,ifname="+tap+",gro=1",
-		initVariable+"="+addr.String(), "KRG_UML_NAME="+name, "KRG_UML_HEAD="+n.Addr.String(),
+		"vec0:transport=tap,ifname="+g.tap+",gro=1",
+		initVariable+"="+g.Addr.String(), "KRG_UML_NAME="+g.Name, "KRG_UML_HEAD="+g.net.Addr.String(),
 		"init="+self)
 	// The guest's memory is a sparse file, best in memory itself.
 	g.cmd.Env = append(os.Environ(), "TMPDIR=/dev/shm")
 	g.cmd.Stdout, g.cmd.Stderr = g.console, g.console
 	// A group of its own: the kernel's processes end with it.
 	g.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := n.Do(g.cmd.Start); err != nil {
-		return nil, err
+	if err := g.net.Do(g.cmd.Start); err != nil {
+		return err
 	}
+	cmd, console := g.cmd, g.console
 	go func() {
-		g.cmd.Wait()
-		close(g.ended)
+		cmd.Wait()
+		close(ended)
 	}()
 	t.Cleanup(func() {
-		g.Kill()
-		if t.Failed() && g.console.len() > 0 {
-			t.Logf("console of %s:\n%s", name, g.console)
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+		<-ended
+		if t.Failed() && console.len() > 0 {
+			t.Logf("console of %s:\n%s", g.Name, console)
 		}
 	})
-	return g, nil
+	return nil
 }
 
 // Kill ends the guest at once, as a loss of power does.
@@ -192,6 +210,15 @@ func Shell(script string) Job { return Job{Args: []string{"/bin/sh", "-euc", scr
 func (g *Guest) Mount(t testing.TB, port int, path, dir string, options ...string) {
 	t.Helper()
 	src := nfsclient.Mount{Server: g.net.Addr, Path: path, Port: port, MountPort: port, Options: options}
+	g.Must(t, Job{Args: []string{jobMount, src.String(), dir, src.Data()}})
+}
+
+// MountLocked is Mount with locks that hold between the guests, as a node's
+// container has its root. The server must have been started by StartServer.
+func (g *Guest) MountLocked(t testing.TB, port int, path, dir string, options ...string) {
+	t.Helper()
+	src := nfsclient.Mount{Server: g.net.Addr, Path: path, Port: port, MountPort: port, Options: options, Locks: true}
+	g.Must(t, Job{Args: []string{jobLocks}})
 	g.Must(t, Job{Args: []string{jobMount, src.String(), dir, src.Data()}})
 }
 

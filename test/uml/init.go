@@ -1,11 +1,13 @@
 package uml
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -13,15 +15,20 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"krgimage/nfsroot/nsm"
+	"krgimage/node/statd"
 )
 
 // Jobs that init does itself.
 const (
 	jobMount   = "uml-mount"
 	jobUnmount = "uml-unmount"
+	jobLocks   = "uml-locks"
 )
 
 // initMain is the guest's init. It ends when the machine kills the guest.
@@ -67,6 +74,20 @@ func guestInit() error {
 	if err := network(addr); err != nil {
 		return fmt.Errorf("network: %w", err)
 	}
+	head, err := netip.ParseAddr(os.Getenv("KRG_UML_HEAD"))
+	if err != nil {
+		return err
+	}
+	// As PID 1 of a node does.
+	sockets, err := statd.Listen()
+	if err != nil {
+		return err
+	}
+	monitor := statd.New(statd.Config{
+		Name: os.Getenv("KRG_UML_NAME"), Server: head, State: nsm.StateAt(time.Now()),
+		Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
+	})
+	go monitor.Serve(context.Background(), sockets)
 	l, err := net.Listen("tcp4", netip.AddrPortFrom(addr, agentPort).String())
 	if err != nil {
 		return err
@@ -76,7 +97,7 @@ func guestInit() error {
 		if err != nil {
 			return err
 		}
-		go serveJob(c)
+		go serveJob(c, monitor)
 	}
 }
 
@@ -147,13 +168,21 @@ func network(addr netip.Addr) error {
 }
 
 // serveJob does one job and says how it went.
-func serveJob(c net.Conn) {
+func serveJob(c net.Conn, monitor *statd.Monitor) {
 	defer c.Close()
 	var job Job
 	if err := json.NewDecoder(c).Decode(&job); err != nil {
 		return
 	}
 	enc := json.NewEncoder(c)
+	if job.Args[0] == jobLocks {
+		if err := monitor.Announce(context.Background()); err != nil {
+			_ = enc.Encode(answer{Error: err.Error()})
+			return
+		}
+		_ = enc.Encode(answer{Exit: &ExitError{}})
+		return
+	}
 	exit, err := doJob(job, func(p []byte) error { return enc.Encode(answer{Output: p}) }, c)
 	if err != nil {
 		_ = enc.Encode(answer{Error: err.Error()})

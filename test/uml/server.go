@@ -13,11 +13,19 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
+	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"krgimage/nfsroot/nfs"
+	"krgimage/nfsroot/nlm"
+	"krgimage/nfsroot/rpcbind"
+	"krgimage/nfsroot/sunrpc"
 )
+
+// lockGrace is how long clients may reclaim locks after RestartMachine.
+const lockGrace = 10 * time.Second
 
 // Port is where the servers of this package listen.
 const Port = 2049
@@ -44,8 +52,8 @@ func (n *Net) Serve(t testing.TB, cfg nfs.Config) *nfs.Server {
 	return s
 }
 
-// Server is an NFS server in a process of its own, which can be killed and
-// started again. Its handle key is kept in the state directory, as the head's.
+// Server is an NFS server with its lock manager in a process of its own, which
+// can be killed and started again. Its handle key is kept in the state directory, as the head's.
 type Server struct {
 	net    *Net
 	config serverConfig
@@ -56,6 +64,7 @@ type Server struct {
 type serverConfig struct {
 	Addr    string
 	State   string // directory
+	BootID  string // of the machine that the server pretends to be
 	Exports []nfs.Export
 }
 
@@ -121,6 +130,13 @@ func (s *Server) start(ctx context.Context) error {
 	return nil
 }
 
+// RestartMachine is Restart of a server that finds that its machine went down,
+// too.
+func (s *Server) RestartMachine(ctx context.Context) error {
+	s.config.BootID += "again"
+	return s.Restart(ctx)
+}
+
 // Kill ends the server with SIGKILL and waits for its end.
 func (s *Server) Kill() {
 	_ = s.cmd.Process.Kill()
@@ -155,8 +171,31 @@ func serve(config string, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	addr, err := netip.ParseAddrPort(cfg.Addr)
+	if err != nil {
+		return err
+	}
+	locks, err := nlm.New(nlm.Config{
+		Files: s, Journal: filepath.Join(cfg.State, "locks"), BootID: "boot" + cfg.BootID,
+		Name: addr.Addr().String(), Dial: sunrpc.DialFrom(addr.Addr()), Grace: lockGrace, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer locks.Close()
+	ll, err := net.Listen("tcp4", netip.AddrPortFrom(addr.Addr(), rpcbind.Port).String())
+	if err != nil {
+		return err
+	}
+	directory := &rpcbind.Registry{}
+	for _, e := range nlm.Entries(rpcbind.Port, "tcp") {
+		directory.Set(e)
+	}
 	ctx, cancel := signal.NotifyContext(context.Background(), unix.SIGTERM)
 	defer cancel()
 	fmt.Println("listening")
-	return s.Serve(ctx, l)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return s.Serve(ctx, l) })
+	group.Go(func() error { return locks.Serve(ctx, ll, nil, directory) })
+	return group.Wait()
 }
