@@ -21,7 +21,7 @@ func (s *Server) LockKey(wire []byte) (string, bool) {
 	}
 	signed, sum := wire[:len(wire)-handleMAC], wire[len(wire)-handleMAC:]
 	x := s.exportByID(binary.BigEndian.Uint32(signed[2:]))
-	if x == nil || subtle.ConstantTimeCompare(s.mac(signed)[:handleMAC], sum) != 1 {
+	if x == nil || subtle.ConstantTimeCompare(s.mac(nil, signed)[:handleMAC], sum) != 1 {
 		return "", false
 	}
 	return x.Path + "\x00" + string(signed[6:]), true

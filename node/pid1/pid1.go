@@ -290,7 +290,16 @@ func (m *machine) startContainer(bg context.Context) error {
 	unitCtx, stopUnit := context.WithCancel(bg)
 	m.unit.Store(unit)
 	m.stopUnit = stopUnit
-	m.unitDone = m.background(unitCtx, "container", unit.Run)
+	mounted := false
+	m.unitDone = m.background(unitCtx, "container", func(ctx context.Context) error {
+		if !mounted {
+			if err := m.mountLocked(ctx, bg); err != nil {
+				return err
+			}
+			mounted = true
+		}
+		return unit.Run(ctx)
+	})
 	var first sync.Once
 	m.background(bg, "ready", func(ctx context.Context) error {
 		for {

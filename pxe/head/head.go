@@ -43,6 +43,8 @@ type Network interface {
 	// ListenUDP receives what is sent to the port, broadcasts included, and can
 	// send broadcasts.
 	ListenUDP(port int) (net.PacketConn, error)
+	// DialTCP connects from the head's address.
+	DialTCP(ctx context.Context, to netip.AddrPort) (net.Conn, error)
 	// RouterAdvertisements answers IPv6 router solicitations until ctx ends. An
 	// error is a loss of speed, not of function.
 	RouterAdvertisements(ctx context.Context) error
@@ -72,6 +74,7 @@ type Config struct {
 	Cluster  configs.Cluster
 	Image    Image
 	NFS      NFS          // nil: no NFS is served (a root on an existing filer)
+	Locks    Locks        // the lock manager of NFS; nil: none is served
 	NFSPath  string       // path of the root in the export, "/" if empty
 	NFSStats func() any   // what GET /v1/nfs on the control socket answers, as JSON; nil: no such thing
 	Metrics  http.Handler // GET /metrics on the control socket; nil: no such thing
@@ -232,6 +235,14 @@ func (h *Head) listen() (services []service, closeAll func(), err error) {
 		open = append(open, l)
 		inside := subnetListener{l, c.Network.Subnet, h.log}
 		services = append(services, service{name: "nfs", run: func(ctx context.Context) error { return h.cfg.NFS.Serve(ctx, inside) }})
+	}
+	if h.cfg.Locks != nil {
+		lockServices, sockets, err := h.listenLocks()
+		open = append(open, sockets...)
+		if err != nil {
+			return nil, closeAll, err
+		}
+		services = append(services, lockServices...)
 	}
 	services = append(services,
 		service{name: "ra", run: network.RouterAdvertisements, optional: true},

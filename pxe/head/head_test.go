@@ -39,6 +39,10 @@ func (l *loopback) ListenUDP(int) (net.PacketConn, error) {
 	return net.ListenPacket("udp4", "127.0.0.1:0")
 }
 
+func (l *loopback) DialTCP(context.Context, netip.AddrPort) (net.Conn, error) {
+	return nil, errors.New("no nodes here")
+}
+
 func (l *loopback) RouterAdvertisements(ctx context.Context) error {
 	if l.ra != nil {
 		return l.ra(ctx)

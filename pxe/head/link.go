@@ -16,6 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"krgimage/configs"
+	"krgimage/nfsroot/rpcbind"
+	"krgimage/nfsroot/sunrpc"
 	"krgimage/pxe/dhcp"
 	"krgimage/pxe/ra"
 )
@@ -89,6 +91,18 @@ func (l *Link) ListenTCP(port int) (net.Listener, error) {
 		return nil, l.explain("TCP", port, err)
 	}
 	return listener, nil
+}
+
+// DialTCP connects from the head's address: a node's kernel knows its file
+// server by that.
+func (l *Link) DialTCP(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	return sunrpc.DialFrom(l.addr)(ctx, to)
+}
+
+// RegisterRPC enters programs, which listen on the head's address, in this
+// machine's own rpcbind.
+func (l *Link) RegisterRPC(ctx context.Context, entries []rpcbind.Entry) (unregister func(context.Context) error, err error) {
+	return rpcbind.Register(ctx, l.addr, entries)
 }
 
 // ListenUDP listens for everything that comes in on the interface: broadcasts

@@ -82,7 +82,7 @@ func TestDependencies(t *testing.T) {
 			"gvisor.dev/", "go.etcd.io/", "google.golang.org/grpc", "github.com/prometheus/", "github.com/diskfs/",
 			"github.com/u-root/u-root/", "github.com/ulikunitz/xz", "github.com/klauspost/compress", "github.com/goccy/go-yaml",
 			"github.com/spf13/cobra/doc", "mvdan.cc/sh", "net/http/pprof", "expvar", "html/template",
-			"krgimage/configs", "krgimage/images", "krgimage/initramfs", "krgimage/nfsroot", "krgimage/pxe", "krgimage/cmd/krgimage", "krgimage/node/trial",
+			"krgimage/configs", "krgimage/images", "krgimage/initramfs", "krgimage/nfsroot/debian", "krgimage/nfsroot/live", "krgimage/nfsroot/nfs", "krgimage/nfsroot/nlm", "krgimage/pxe", "krgimage/cmd/krgimage", "krgimage/node/trial",
 		} {
 			if strings.HasPrefix(pkg, bad) && pkg != "krgimage/configs/version" {
 				t.Errorf("krg depends on %s", pkg)

@@ -21,6 +21,7 @@ import (
 	"krgimage/images/progress"
 	"krgimage/nfsroot/live"
 	"krgimage/nfsroot/nfs"
+	"krgimage/nfsroot/nlm"
 	"krgimage/pxe/head"
 )
 
@@ -87,8 +88,13 @@ func (a *app) openHead(ctx context.Context, c configs.Cluster, im *images.Image,
 		return nil, err
 	}
 	h.close = append(h.close, func() { server.Close() })
+	locks, err := openLocks(c, server, o, func(addr netip.Addr) bool { return registry(addr) })
+	if err != nil {
+		return nil, err
+	}
+	h.close = append(h.close, func() { locks.Close() })
 	h.Head, err = head.New(head.Config{
-		Cluster: c, NFS: server, NFSStats: func() any { return server.Stats() }, Metrics: metrics(server), StateDir: o.state, Network: o.network, Force: o.force, Log: o.log,
+		Cluster: c, NFS: server, Locks: locks, NFSStats: func() any { return server.Stats() }, Metrics: metrics(server), StateDir: o.state, Network: o.network, Force: o.force, Log: o.log,
 		Image: head.Image{Kernel: im.Path(images.KernelFile), Initramfs: im.Path(images.InitramfsFile), LoaderDir: im.Path(images.LoaderDir)},
 	})
 	if err != nil {
@@ -107,6 +113,19 @@ func metrics(server *nfs.Server) http.Handler {
 	registry.MustRegister(server.Metrics(), collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
+}
+
+// openLocks opens the lock manager of the shared root. What it holds outlives
+// this process, in the state directory.
+func openLocks(c configs.Cluster, server *nfs.Server, o headOptions, allow func(netip.Addr) bool) (*nlm.Server, error) {
+	bootID, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, fmt.Errorf("which boot of this machine it is: %w", err)
+	}
+	return nlm.New(nlm.Config{
+		Files: server, Journal: filepath.Join(o.state, "head", "locks"), BootID: strings.TrimSpace(string(bootID)),
+		Name: c.Network.Head.String(), Dial: o.network.DialTCP, Allow: allow, Log: o.log,
+	})
 }
 
 // requireRoot says before anything is begun that a command can't do without.
