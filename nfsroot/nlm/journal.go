@@ -40,6 +40,7 @@ const (
 	opShare   = 9 // file, share
 	opUnshare = 10
 	opDrop    = 11 // client: its locks that were not reclaimed
+	opGranted = 12 // id: opGrant has been, with the lock in a record of its own
 )
 
 const (
@@ -97,7 +98,7 @@ func (x entry) payload() []byte {
 		e.Opaque(x.waiter.handle)
 		e.Uint64(x.waiter.offset)
 		e.Uint64(x.waiter.length)
-	case opGrant, opForget:
+	case opGrant, opForget, opGranted:
 		e.Uint64(x.id)
 	case opShare, opUnshare:
 		e.String(x.file)
@@ -144,7 +145,7 @@ func parseEntry(b []byte) (entry, bool) {
 		if w.id == 0 {
 			d.Spoil()
 		}
-	case opGrant, opForget:
+	case opGrant, opForget, opGranted:
 		x.id = d.Uint64()
 	case opShare, opUnshare:
 		x.file = d.String(maxString)
@@ -193,6 +194,11 @@ func (s *state) apply(x entry) []string {
 		if w := s.byID[x.id]; w != nil && !w.granting {
 			s.grant(w)
 		}
+	case opGranted:
+		if w := s.byID[x.id]; w != nil {
+			w.granting = true
+			s.stopWaiting(w)
+		}
 	case opForget:
 		if w := s.byID[x.id]; w != nil {
 			s.forget(w)
@@ -228,7 +234,7 @@ func (s *state) snapshot() []byte {
 		for _, w := range f.waiters {
 			b = appendRecord(b, entry{kind: opWait, file: key, waiter: w})
 			if w.granting {
-				b = appendRecord(b, entry{kind: opGrant, id: w.id})
+				b = appendRecord(b, entry{kind: opGranted, id: w.id})
 			}
 		}
 		for _, sh := range f.shares {

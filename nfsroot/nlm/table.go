@@ -155,7 +155,7 @@ func (t *table) holds(key string, want lock) bool {
 func (t *table) set(key string, l lock) {
 	t.cut(key, l.owner, l.span)
 	f := t.file(key)
-	at := sort.Search(len(f.locks), func(i int) bool { return f.locks[i].start >= l.start })
+	at := sort.Search(len(f.locks), func(i int) bool { return f.locks[i].start > l.start })
 	f.locks = slices.Insert(f.locks, at, l)
 	t.held[l.client]++
 	t.merge(f, l.owner)
