@@ -416,20 +416,3 @@ func (t *table) waitersOf(client netip.Addr) int {
 	}
 	return n
 }
-
-// clients lists who holds or wants something.
-func (t *table) clients() map[netip.Addr]bool {
-	m := map[netip.Addr]bool{}
-	for _, f := range t.files {
-		for _, l := range f.locks {
-			m[l.client] = true
-		}
-		for _, w := range f.waiters {
-			m[w.want.client] = true
-		}
-		for _, s := range f.shares {
-			m[s.client] = true
-		}
-	}
-	return m
-}
