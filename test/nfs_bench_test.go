@@ -71,7 +71,7 @@ func kernelGuest(b *testing.B, kernel, modules string) {
 	}
 	err = initramfs.Init(f, program)
 	if err == nil {
-		_, err = initramfs.Modules(f, initramfs.Source{Modules: modules}, []string{"virtio_blk", "ext4", "nfsd"})
+		_, err = initramfs.Modules(f, initramfs.Source{Modules: modules}, []string{"virtio_blk", "crc32c_generic", "ext4", "nfsd"})
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
 		b.Fatal(err)

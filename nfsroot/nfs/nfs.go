@@ -110,6 +110,7 @@ type Server struct {
 	files   *fileCache
 	threads *threadPool
 	replays *replayCache
+	births  births
 	count   counters
 	conns   *connSet
 

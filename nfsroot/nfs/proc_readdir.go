@@ -82,6 +82,7 @@ func (c *call) list(wire []byte, cookie, verf uint64, attr *unix.Stat_t) (*file,
 	if st != ok {
 		return dir, st
 	}
+	dir.readFD() // serves for its attributes too; an error shows later, where it counts
 	if err := dir.stat(attr); err != nil {
 		return dir, statusOf(err)
 	}
@@ -215,9 +216,26 @@ func (c *call) entry(dir *file, name string, attr *unix.Stat_t) []byte {
 	if err != nil {
 		return nil
 	}
+	var k birth
+	known := false
+	if dir.x.tree == nil {
+		if k, known, err = statBirth(dir.x, dirfd, name, attr); err != nil {
+			return nil
+		}
+		if known {
+			if wire := c.srv.births.get(k); wire != nil {
+				return wire
+			}
+		}
+	}
 	h, err := dir.handleOf(dirfd, name)
 	if err != nil {
 		return nil
+	}
+	if known && h.names(k.ino) {
+		wire := c.srv.seal(dir.x, kindOf(attr.Mode), h)
+		c.srv.births.add(k, wire)
+		return wire
 	}
 	if f := c.srv.files.cached(dir.x, []byte(h)); f != nil {
 		defer f.release()

@@ -36,7 +36,7 @@ func guest(ctx context.Context, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	for _, name := range []string{"virtio_blk", "ext4", "nfsd"} {
+	for _, name := range []string{"virtio_blk", "crc32c_generic", "ext4", "nfsd"} {
 		if err := modules.Load(name); err != nil {
 			return fmt.Errorf("module %s: %w", name, err)
 		}
