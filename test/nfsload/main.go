@@ -23,6 +23,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -97,12 +98,15 @@ func compare(ctx context.Context, out io.Writer, dir, only string) error {
 // result is the best figure of a server for a load.
 type result struct {
 	best float64
+	cpu  float64 // µs of the server's processor time an operation, least of the rounds
 	err  error
 	slow bool // one round has taken long enough
 }
 
 // table runs the loads and prints a line for each: the figures of all servers,
-// and how many times faster the first is than each of the others.
+// how many times faster the first is than each of the others, and the processor
+// time that each took for an operation, which is what to compare on a machine
+// that has other things to do (0 for the kernel's, which has none of its own).
 func table(ctx context.Context, out io.Writer, dir string, targets []*target, n sizes, rounds int, only string) error {
 	for _, t := range targets {
 		if t.root != nil {
@@ -120,6 +124,9 @@ func table(ctx context.Context, out io.Writer, dir string, targets []*target, n 
 	for _, t := range targets[1:] {
 		fmt.Fprintf(out, " %14s", "own/"+t.name)
 	}
+	for _, t := range targets {
+		fmt.Fprintf(out, " %12s", t.name+" µs")
+	}
 	fmt.Fprintln(out)
 	for _, l := range loads() {
 		if !strings.Contains(l.name, only) {
@@ -132,10 +139,13 @@ func table(ctx context.Context, out io.Writer, dir string, targets []*target, n 
 					continue
 				}
 				start := time.Now()
-				rate, err := measure(ctx, dir, t, l, n)
+				rate, cpu, err := measure(ctx, dir, t, l, n)
 				results[i].err = err
 				results[i].slow = time.Since(start) > 6*n.slice
 				results[i].best = max(results[i].best, rate)
+				if cpu > 0 && (results[i].cpu == 0 || cpu < results[i].cpu) {
+					results[i].cpu = cpu
+				}
 			}
 		}
 		fmt.Fprintf(out, "%-36s", l.name)
@@ -147,7 +157,14 @@ func table(ctx context.Context, out io.Writer, dir string, targets []*target, n 
 			}
 		}
 		for _, r := range results[1:] {
-			fmt.Fprintf(out, " %14.2f", results[0].best/r.best)
+			if r.err != nil || results[0].err != nil {
+				fmt.Fprintf(out, " %14s", "-")
+			} else {
+				fmt.Fprintf(out, " %14.2f", results[0].best/r.best)
+			}
+		}
+		for _, r := range results {
+			fmt.Fprintf(out, " %12.1f", r.cpu)
 		}
 		fmt.Fprintln(out, " ", l.unit)
 		for i, r := range results {
@@ -160,15 +177,15 @@ func table(ctx context.Context, out io.Writer, dir string, targets []*target, n 
 }
 
 // measure runs a load once.
-func measure(ctx context.Context, dir string, t *target, l load, n sizes) (rate float64, err error) {
+func measure(ctx context.Context, dir string, t *target, l load, n sizes) (rate, cpu float64, err error) {
 	if err := ctx.Err(); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	b := &bench{n: n, t: t, root: t.root}
 	for range l.conns {
 		c, err := dial(t.nfs, progNFS)
 		if err != nil {
-			return 0, err
+			return 0, 0, err
 		}
 		defer c.nc.Close()
 		b.clients = append(b.clients, c)
@@ -176,11 +193,40 @@ func measure(ctx context.Context, dir string, t *target, l load, n sizes) (rate 
 	t.round++
 	work := fmt.Sprintf("work-%s-%d", t.name, t.round)
 	if b.work, err = b.clients[0].mkdir(b.root, work); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer os.RemoveAll(filepath.Join(dir, work))
+	before := cpuTime(t.pid)
 	if err := l.run(b); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	return float64(b.done.Load()) / time.Since(b.begin).Seconds(), nil
+	took := time.Since(b.begin)
+	done := float64(b.done.Load())
+	cpu = float64((cpuTime(t.pid) - before).Microseconds()) / max(done, 1)
+	if l.unit == "MB" {
+		done *= float64(n.io) / (1 << 20)
+	}
+	return done / took.Seconds(), cpu, nil
+}
+
+// cpuTime is the processor time that a process has used, from its utime and
+// stime in ticks of 10 ms (proc_pid_stat(5)).
+func cpuTime(pid int) time.Duration {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if pid == 0 || err != nil {
+		return 0
+	}
+	fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
+	if len(fields) < 13 {
+		return 0
+	}
+	var ticks int64
+	for _, f := range fields[11:13] {
+		n, err := strconv.ParseInt(f, 10, 64)
+		if err != nil {
+			return 0
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * 10 * time.Millisecond
 }

@@ -114,6 +114,7 @@ func (r *running) start(ctx context.Context, program string, args ...string) err
 		return err
 	}
 	r.procs = append(r.procs, cmd)
+	r.target.pid = cmd.Process.Pid // the last started is the server
 	return nil
 }
 
