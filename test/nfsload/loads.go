@@ -234,7 +234,11 @@ func sequentialRead(b *bench) error {
 	b.timed()
 	return b.drive(4, func() task {
 		return b.repeat(procRead,
-			func(e *enc) { e.opaque(big); e.u64(uint64(b.next.Add(1)) * uint64(b.n.io) % uint64(b.n.big)); e.u32(b.n.io) },
+			func(e *enc) {
+				e.opaque(big)
+				e.u64(uint64(b.next.Add(1)) * uint64(b.n.io) % uint64(b.n.big))
+				e.u32(b.n.io)
+			},
 			func(d *dec) { readResult(d, b.n.io) })
 	})
 }
