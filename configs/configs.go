@@ -26,6 +26,7 @@ type Cluster struct {
 	Initramfs Initramfs `yaml:"initramfs" json:"initramfs"`
 	Network   Network   `yaml:"network" json:"network"`
 	Boot      Boot      `yaml:"boot" json:"boot"`
+	NFSRoot   NFSRoot   `yaml:"nfsroot" json:"nfsroot"`
 	Nodes     Nodes     `yaml:"nodes" json:"nodes"`
 	Cluster   Service   `yaml:"cluster" json:"cluster"`
 	Users     []User    `yaml:"users" json:"users" jsonschema:"description=Accounts of the container besides root. Each gets a home directory on the shared root."`
@@ -75,6 +76,28 @@ type Network struct {
 type Boot struct {
 	BIOS  string `yaml:"bios" json:"bios" jsonschema:"description=Loader for BIOS clients: ipxe (kernel by HTTP) or pxelinux (the classic way: kernel by TFTP).,enum=ipxe,enum=pxelinux"`
 	Chain string `yaml:"chain" json:"chain" jsonschema:"description=auto: a firmware that is an iPXE with HTTP gets the boot script at once. always: every firmware loads our iPXE by TFTP first (for boards with a broken built-in iPXE).,enum=auto,enum=always"`
+}
+
+// NFSRoot says where the nodes' root lives: on the head node, or on a server
+// that exists already.
+type NFSRoot struct {
+	Server  netip.Addr `yaml:"server" json:"server" jsonschema:"description=Address of an existing NFS server (version 3) that has the nodes' root. Empty: the head node serves it."`
+	Path    string     `yaml:"path" json:"path" jsonschema:"example=/export/krg,description=Directory on that server. Without 'mounted' it is the root itself\\, with it the directory of roots that krgimage keeps."`
+	Port    int        `yaml:"port" json:"port" jsonschema:"minimum=1,maximum=65535,description=TCP port of that server's NFS. Its MOUNT is looked for there first and then by its portmapper."`
+	Options []string   `yaml:"options" json:"options" jsonschema:"description=NFS mount options of the nodes besides krgimage's own\\, for example mountport=20048."`
+	Mounted string     `yaml:"mounted" json:"mounted" jsonschema:"description=Where that directory is on this machine. Build and serve keep the root there up to date. Empty: unpack the file of 'krgimage export rootfs' on the server."`
+	Exports []Export   `yaml:"exports" json:"exports" jsonschema:"description=Further directories of the head node that every node mounts."`
+}
+
+// External reports whether an existing server has the root.
+func (r NFSRoot) External() bool { return r.Server.IsValid() }
+
+// Export is a directory of the head node besides the root.
+type Export struct {
+	Path     string `yaml:"path" json:"path" jsonschema:"required,example=/srv/home,description=Directory of the head node."`
+	At       string `yaml:"at" json:"at" jsonschema:"required,example=/home,description=Where the nodes have it."`
+	ReadOnly bool   `yaml:"readonly" json:"readonly" jsonschema:"description=Nodes can't change it."`
+	Squash   string `yaml:"squash" json:"squash" jsonschema:"description=none: root of a node is root there\\, too. root: it acts as nobody.,enum=none,enum=root"`
 }
 
 // Nodes is the node table and the policy for machines that are not in it.

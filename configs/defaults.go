@@ -42,6 +42,11 @@ func Default() Cluster {
 
 			Lease: Duration(12 * time.Hour),
 		},
+		NFSRoot: NFSRoot{
+			Port:    2049,
+			Options: []string{},
+			Exports: []Export{},
+		},
 		Boot:    Boot{BIOS: "ipxe", Chain: "auto"},
 		Nodes:   Nodes{Unknown: "discover", IDs: []string{"1-253"}, Table: []Node{}},
 		Cluster: Service{Store: Store{Kind: "embedded", Heads: []Head{}, URLs: []string{}}},
@@ -67,6 +72,11 @@ func (c *Cluster) derive() {
 	}
 	if c.Nodes.IDs == nil {
 		c.Nodes.IDs = c.freeIDs()
+	}
+	for i := range c.NFSRoot.Exports {
+		if e := &c.NFSRoot.Exports[i]; e.Squash == "" {
+			e.Squash = "none"
+		}
 	}
 	for i := range c.Users {
 		u := &c.Users[i]

@@ -17,6 +17,7 @@ func Show(c Cluster) ([]byte, error) {
 // clone copies what derive writes to.
 func (c Cluster) clone() Cluster {
 	c.Nodes.Table = slices.Clone(c.Nodes.Table)
+	c.NFSRoot.Exports = slices.Clone(c.NFSRoot.Exports)
 	c.Users = slices.Clone(c.Users)
 	for i := range c.Users {
 		c.Users[i].Keys = slices.Clone(c.Users[i].Keys)

@@ -21,6 +21,7 @@ func (c *Cluster) findings() Errors {
 	k.initramfs()
 	k.network()
 	k.boot()
+	k.nfsroot()
 	k.nodes()
 	k.store()
 	k.users()

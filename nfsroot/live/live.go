@@ -26,6 +26,9 @@
 //	root/N-DIGEST.changes   of a previous tree: what was not moved over
 //	root/journal.json  a switch under way
 //	ssh/               the cluster's host key
+//
+// Where an existing NFS server has the root, root/ is a directory on that server
+// (Input.Trees), and nodes mount the tree in use by its name.
 package live
 
 import (
@@ -57,11 +60,19 @@ var ErrNotRoot = errors.New("the live root needs root: its files belong to many 
 // Input is what the live root is to be like.
 type Input struct {
 	State     string          // the cluster's state directory
+	Trees     string          // directory of the trees, for example on a mounted filer; STATE/root if empty
+	Places    []Place         // directories that nodes have besides the root
 	Image     Image           // what to unpack
 	Cluster   configs.Cluster // accounts, keys, names
 	ExtraKeys []string        // authorized_keys lines for root and every user, for example the head's own
 	Hosts     []Host          // nodes for /etc/hosts
 	Log       *slog.Logger    // nil: none
+}
+
+// Place is a directory of this machine that nodes see in the root.
+type Place struct {
+	At  string // in the root, absolute
+	Dir string // on this machine
 }
 
 // Image names the artefacts of an image that make up a root. Base and Modules
@@ -143,6 +154,7 @@ type syncer struct {
 	in    Input
 	dir   string   // STATE/root
 	trees *os.Root // of dir
+	loose bool     // dir keeps no extended attributes
 	log   *slog.Logger
 	rep   *progress.Reporter
 	// at is called between the steps of a switch; tests stop there.
@@ -163,9 +175,14 @@ func syncRoot(ctx context.Context, in Input, rep *progress.Reporter, at func(str
 			return Root{}, fmt.Errorf("live root: %s comes with the digest %q, which is no SHA-256", a.Path, a.Digest)
 		}
 	}
-	s := &syncer{in: in, dir: filepath.Join(in.State, "root"), rep: cmp.Or(rep, progress.Discard()), at: at}
+	s := &syncer{in: in, dir: cmp.Or(in.Trees, filepath.Join(in.State, "root")), rep: cmp.Or(rep, progress.Discard()), at: at}
 	s.log = cmp.Or(in.Log, slog.New(slog.DiscardHandler)).With("component", "live")
-	if err := os.MkdirAll(s.dir, 0o755); err != nil {
+	if in.Trees != "" {
+		var err error
+		if s.loose, err = checkServer(s.dir); err != nil {
+			return Root{}, err
+		}
+	} else if err := os.MkdirAll(s.dir, 0o755); err != nil {
 		return Root{}, err
 	}
 	key, err := ensureHostKey(filepath.Join(in.State, "ssh"), in.Cluster.Name)
@@ -375,7 +392,15 @@ func (s *syncer) configure(id string, key hostKey) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	gone, err := configureAccounts(root, s.in.Cluster.Users, rec.Users)
+	if err := makePlaces(root, s.in.Places); err != nil {
+		return nil, err
+	}
+	homes, err := s.homes(root)
+	if err != nil {
+		return nil, err
+	}
+	defer homes.Close()
+	gone, err := configureAccounts(root, homes, s.in.Cluster.Users, rec.Users)
 	if err != nil {
 		return nil, err
 	}

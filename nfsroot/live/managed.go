@@ -205,9 +205,9 @@ func pristine(root *os.Root, c configs.Cluster) error {
 	return nil
 }
 
-// configureAccounts brings the accounts and home directories of cluster.yaml
-// into a root, and returns the accounts that were removed.
-func configureAccounts(root *os.Root, users []configs.User, before []string) (gone []string, err error) {
+// configureAccounts brings the accounts of cluster.yaml into a root and their
+// directories into homes, and returns the accounts that were removed.
+func configureAccounts(root, homes *os.Root, users []configs.User, before []string) (gone []string, err error) {
 	a, err := readAccounts(root)
 	if err != nil {
 		return nil, err
@@ -222,24 +222,23 @@ func configureAccounts(root *os.Root, users []configs.User, before []string) (go
 		if home != "/home/"+u.Name {
 			continue // the administrator moved it
 		}
-		if err := makeHome(root, u); err != nil {
+		if err := makeHome(root, homes, u); err != nil {
 			return nil, fmt.Errorf("home directory of %s: %w", u.Name, err)
 		}
 	}
 	return gone, a.write(root)
 }
 
-// makeHome makes a missing home directory from /etc/skel.
-func makeHome(root *os.Root, u configs.User) error {
-	home := "home/" + u.Name
-	if there, err := exists(root, home); there || err != nil {
+// makeHome makes a missing home directory in homes from the root's /etc/skel.
+func makeHome(root, homes *os.Root, u configs.User) error {
+	if there, err := exists(homes, u.Name); there || err != nil {
 		return err
 	}
-	aside := "home/.krgimage-new-" + u.Name
-	if err := root.RemoveAll(aside); err != nil {
+	aside := ".krgimage-new-" + u.Name
+	if err := homes.RemoveAll(aside); err != nil {
 		return err
 	}
-	if err := root.Mkdir(aside, 0o700); err != nil {
+	if err := homes.Mkdir(aside, 0o700); err != nil {
 		return err
 	}
 	err := fs.WalkDir(root.FS(), "etc/skel", func(name string, d fs.DirEntry, err error) error {
@@ -254,35 +253,35 @@ func makeHome(root *os.Root, u configs.User) error {
 		switch {
 		case name == "etc/skel":
 		case d.IsDir():
-			err = root.Mkdir(to, info.Mode().Perm())
+			err = homes.Mkdir(to, info.Mode().Perm())
 		case info.Mode()&fs.ModeSymlink != 0:
 			var target string
 			if target, err = root.Readlink(name); err == nil {
-				err = root.Symlink(target, to)
+				err = homes.Symlink(target, to)
 			}
 		case info.Mode().IsRegular():
-			err = copyFile(root, name, to, info.Mode().Perm())
+			err = copyFile(root, name, homes, to, info.Mode().Perm())
 		default:
 			return nil
 		}
-		return cmp.Or(err, root.Lchown(to, u.UID, u.UID))
+		return cmp.Or(err, homes.Lchown(to, u.UID, u.UID))
 	})
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := root.Lchown(aside, u.UID, u.UID); err != nil {
+	if err := homes.Lchown(aside, u.UID, u.UID); err != nil {
 		return err
 	}
-	return root.Rename(aside, home)
+	return homes.Rename(aside, u.Name)
 }
 
-func copyFile(root *os.Root, from, to string, mode fs.FileMode) error {
+func copyFile(root *os.Root, from string, dest *os.Root, to string, mode fs.FileMode) error {
 	in, err := root.Open(from)
 	if err != nil {
 		return err
 	}
 	defer in.Close()
-	out, err := root.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	out, err := dest.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
 	if err != nil {
 		return err
 	}

@@ -62,9 +62,9 @@ func (s *syncer) unpack(ctx context.Context, step *progress.Step) (id string, er
 		from Artefact
 		opt  tarfs.Options
 	}{
-		{"Debian root", image.Base, tarfs.Options{Owner: true}},
-		{"kernel modules", image.Modules, tarfs.Options{Owner: true, Replace: true, Seen: releases.seen}},
-		{"overlay", image.Overlay, tarfs.Options{Owner: true, Replace: true, Seen: overlay.seen}},
+		{"Debian root", image.Base, tarfs.Options{Owner: true, NoXattr: s.loose}},
+		{"kernel modules", image.Modules, tarfs.Options{Owner: true, NoXattr: s.loose, Replace: true, Seen: releases.seen}},
+		{"overlay", image.Overlay, tarfs.Options{Owner: true, NoXattr: s.loose, Replace: true, Seen: overlay.seen}},
 	} {
 		step.Note("unpacking the %s", part.what)
 		if err := extract(ctx, step, part.from, filepath.Join(s.dir, partial), part.opt); err != nil {
@@ -134,7 +134,7 @@ func (s *syncer) update(ctx context.Context, step *progress.Step, id string, rec
 	if rec.Modules != modules {
 		step.Note("kernel modules")
 		list := &releaseList{}
-		if err := extract(ctx, step, image.Modules, dir, tarfs.Options{Owner: true, Replace: true, Seen: list.seen}); err != nil {
+		if err := extract(ctx, step, image.Modules, dir, tarfs.Options{Owner: true, NoXattr: s.loose, Replace: true, Seen: list.seen}); err != nil {
 			return Report{}, fmt.Errorf("kernel modules: %w", err)
 		}
 		rec.Modules = modules
@@ -143,7 +143,7 @@ func (s *syncer) update(ctx context.Context, step *progress.Step, id string, rec
 	}
 	step.Note("overlay")
 	list := &fileList{}
-	if err := extract(ctx, step, image.Overlay, dir, tarfs.Options{Owner: true, Replace: true, Seen: list.seen}); err != nil {
+	if err := extract(ctx, step, image.Overlay, dir, tarfs.Options{Owner: true, NoXattr: s.loose, Replace: true, Seen: list.seen}); err != nil {
 		return Report{}, fmt.Errorf("overlay: %w", err)
 	}
 	for _, name := range before {

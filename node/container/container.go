@@ -22,16 +22,19 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"krgimage/node/settings"
 )
 
 // Config is what the container's init needs to know.
 type Config struct {
-	Root     string        `json:"root"`             // the shared root, a mount point
-	Hostname string        `json:"hostname"`         // of the node
-	Domain   string        `json:"domain,omitempty"` // NIS domain, as Kerrighed's nodes had; may be empty
-	Shared   string        `json:"shared"`           // directory of the host that becomes /run/krg
-	Services []Service     `json:"services"`
-	Grace    time.Duration `json:"grace"` // time for processes to go after SIGTERM
+	Root     string           `json:"root"`             // the shared root, a mount point
+	Hostname string           `json:"hostname"`         // of the node
+	Domain   string           `json:"domain,omitempty"` // NIS domain, as Kerrighed's nodes had; may be empty
+	Shared   string           `json:"shared"`           // directory of the host that becomes /run/krg
+	Shares   []settings.Share `json:"shares,omitempty"` // directories besides the root
+	Services []Service        `json:"services"`
+	Grace    time.Duration    `json:"grace"` // time for processes to go after SIGTERM
 }
 
 // Service is a program that the container's init keeps running.

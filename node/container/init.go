@@ -43,6 +43,9 @@ func Main(out io.Writer) int {
 	if err == nil {
 		err = prepare(c)
 	}
+	if err == nil {
+		err = mountShares(c, log)
+	}
 	if err != nil {
 		log.Error("the container doesn't start", "err", err)
 		return 1

@@ -1,8 +1,10 @@
 package container
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 
@@ -146,4 +148,16 @@ func pivot(c Config) error {
 		return fmt.Errorf("let go of the host's root: %w", err)
 	}
 	return unix.Chdir("/")
+}
+
+// mountShares mounts what the cluster has besides the shared root, and tries for
+// ever: without it programs would write below. It comes last, when links in the
+// shared tree can't lead out of it any more.
+func mountShares(c Config, log *slog.Logger) error {
+	for _, share := range c.Shares {
+		if err := share.NFS.Mount(context.Background(), log, share.At); err != nil {
+			return err
+		}
+	}
+	return nil
 }

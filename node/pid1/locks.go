@@ -3,6 +3,7 @@ package pid1
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -62,4 +63,14 @@ func (m *machine) mountLocked(ctx, bg context.Context) error {
 	}
 	root.Locks = true
 	return root.Mount(ctx, m.log, settings.RootMount)
+}
+
+// shares are the directories besides the root, with locks where the root has
+// them.
+func (m *machine) shares() []settings.Share {
+	list := slices.Clone(m.hand.Shares)
+	for i := range list {
+		list[i].NFS.Locks = list[i].NFS.WantsLocks()
+	}
+	return list
 }

@@ -269,7 +269,7 @@ func (m *machine) drivers(ctx context.Context) error {
 func (m *machine) startContainer(bg context.Context) error {
 	cgroup := containerCgroup(m.log)
 	config := container.Config{
-		Root: settings.RootMount, Hostname: m.hand.Hostname, Domain: m.hand.Domain, Shared: settings.SharedDir,
+		Root: settings.RootMount, Hostname: m.hand.Hostname, Domain: m.hand.Domain, Shared: settings.SharedDir, Shares: m.shares(),
 		Services: []container.Service{container.SSHD()},
 	}
 	started := make(chan struct{}, 1)

@@ -42,10 +42,17 @@ type Handover struct {
 	NFS      string           `json:"nfs"` // SERVER:PATH
 	Root     nfsclient.Mount  `json:"root"`
 	Image    Image            `json:"image"`
+	Shares   []Share          `json:"shares,omitempty"` // besides the root
 
 	Settings *Settings       `json:"settings,omitempty"` // nil: the head has no node interface
 	Received time.Duration   `json:"received,omitempty"` // uptime at which Settings came
 	Pending  []bootlog.Stage `json:"pending,omitempty"`
+}
+
+// Share is a directory that the container has besides the root.
+type Share struct {
+	At  string          `json:"at"`
+	NFS nfsclient.Mount `json:"nfs"`
 }
 
 // Image is /etc/krgimage/image.json of the root.

@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"path"
 	"regexp"
 	"strings"
 	"time"
@@ -37,7 +38,8 @@ type Settings struct {
 	Head        netip.Addr   `json:"head"`
 	Time        time.Time    `json:"time"` // the head's clock when it answered
 	NFS         NFS          `json:"nfs"`
-	RescueShell bool         `json:"rescue_shell"` // a shell may be offered on the node's own console
+	Mounts      []Mount      `json:"mounts,omitempty"` // from the root's server
+	RescueShell bool         `json:"rescue_shell"`     // a shell may be offered on the node's own console
 	Cluster     *Cluster     `json:"cluster,omitempty"`
 }
 
@@ -52,9 +54,26 @@ type Cluster struct {
 
 // NFS says where the shared root is.
 type NFS struct {
-	Server string `json:"server"`
-	Port   int    `json:"port"` // of both NFS and MOUNT
-	Path   string `json:"path"`
+	Server  string   `json:"server"`
+	Port    int      `json:"port"` // of NFS, and of MOUNT unless an option or the portmapper says otherwise
+	Path    string   `json:"path"`
+	Options []string `json:"options,omitempty"` // of mount(2)
+}
+
+// Mount is a directory that the container has besides the root.
+type Mount struct {
+	Path     string `json:"path"` // as exported
+	At       string `json:"at"`
+	ReadOnly bool   `json:"readonly,omitempty"`
+}
+
+// maxMounts is more than a configuration can reasonably have.
+const maxMounts = 64
+
+// cleanPath reports whether p is absolute, says where it is without detours,
+// and can't be taken for more than one word.
+func cleanPath(p string) bool {
+	return strings.HasPrefix(p, "/") && path.Clean(p) == p && !strings.ContainsAny(p, ", \t\n\x00")
 }
 
 // Errors that a caller decides on.
@@ -100,8 +119,17 @@ func Decode(text []byte) (Settings, error) {
 		return Settings{}, bad("cluster.address", s.Cluster.Address)
 	case s.Cluster != nil && (s.Cluster.LinkPort < 1 || s.Cluster.LinkPort > 65535):
 		return Settings{}, bad("cluster.link_port", s.Cluster.LinkPort)
+	case strings.ContainsAny(strings.Join(s.NFS.Options, ""), ", \t\n"):
+		return Settings{}, bad("nfs.options", s.NFS.Options)
+	case len(s.Mounts) > maxMounts:
+		return Settings{}, bad("mounts", fmt.Sprintf("%d of them", len(s.Mounts)))
 	case strings.ContainsAny(s.NFS.Server+s.NFS.Path, ", \t\n"):
 		return Settings{}, bad("nfs", fmt.Sprintf("%q", s.NFS.Server+":"+s.NFS.Path))
+	}
+	for _, m := range s.Mounts {
+		if !cleanPath(m.Path) || !cleanPath(m.At) || m.At == "/" {
+			return Settings{}, bad("mounts", fmt.Sprintf("%q at %q", m.Path, m.At))
+		}
 	}
 	return s, nil
 }

@@ -3,6 +3,7 @@ package stage1
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -35,6 +36,7 @@ func rootSource(c cmdline.NFSRoot, s *settings.Settings, l lease.Lease) (nfsclie
 		if s.NFS.Port != 0 {
 			src.Port, src.MountPort = s.NFS.Port, s.NFS.Port
 		}
+		c.Options = s.NFS.Options
 	case strings.Contains(l.RootPath, "/"):
 		c = cmdline.Parse("nfsroot=" + l.RootPath).NFSRoot
 		src.Path, server = c.Path, c.Server
@@ -81,4 +83,27 @@ func rootSource(c cmdline.NFSRoot, s *settings.Settings, l lease.Lease) (nfsclie
 		}
 	}
 	return src, nil
+}
+
+// shares are the mounts of the directories that the head wants besides the
+// root, from the server that the root came from and in the way it came.
+func shares(log *slog.Logger, root nfsclient.Mount, head *settings.Settings) []settings.Share {
+	var list []settings.Share
+	if head == nil {
+		return nil
+	}
+	for _, m := range head.Mounts {
+		if head.NFS.Server != root.Server.String() {
+			log.Warn("not mounted: the root is on another server than the head says", "path", m.Path, "at", m.At, "root", root.Server, "head_says", head.NFS.Server)
+			continue
+		}
+		one := root
+		one.Path = m.Path
+		one.Flags |= unix.MS_NODEV
+		if m.ReadOnly {
+			one.Flags |= unix.MS_RDONLY
+		}
+		list = append(list, settings.Share{At: m.At, NFS: one})
+	}
+	return list
 }

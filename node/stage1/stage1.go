@@ -104,7 +104,7 @@ func (b *boot) run(ctx context.Context) error {
 	if err := src.Mount(ctx, b.log, nfsDir); err != nil {
 		return err
 	}
-	b.hand.NFS, b.hand.Root = src.String(), src
+	b.hand.NFS, b.hand.Root, b.hand.Shares = src.String(), src, shares(b.log, src, b.hand.Settings)
 	if b.hand.Image, err = checkRoot(nfsDir, settings.Binary); err != nil {
 		return err
 	}

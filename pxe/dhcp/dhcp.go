@@ -55,6 +55,7 @@ type Registry interface {
 type Config struct {
 	Cluster configs.Cluster
 	Nodes   Registry
+	Root    string           // SERVER:PATH of the nodes' root, with its mount options
 	Log     *slog.Logger     // nil: silent
 	Now     func() time.Time // nil: time.Now
 }
@@ -66,6 +67,7 @@ type Server struct {
 	boot    configs.Boot
 	head    netip.Addr
 	headURL string
+	root    string
 	nodes   Registry
 	log     *slog.Logger
 	now     func() time.Time
@@ -82,6 +84,7 @@ func New(cfg Config) *Server {
 		boot:    cfg.Cluster.Boot,
 		head:    cfg.Cluster.Network.Head,
 		headURL: fmt.Sprintf("http://%s:%d", cfg.Cluster.Network.Head, cfg.Cluster.Network.HTTPPort),
+		root:    cfg.Root,
 		nodes:   cfg.Nodes,
 		log:     cfg.Log,
 		now:     cfg.Now,

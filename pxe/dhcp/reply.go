@@ -100,6 +100,9 @@ func (s *Server) reply(request *dhcpv4.DHCPv4, c Client, n nodes.Node, t dhcpv4.
 	}
 	if c.NotNetboot == "" {
 		s.addBoot(r, c)
+	} else if s.root != "" {
+		// For systems, not firmware: an iPXE would look what it can boot there.
+		r.UpdateOption(dhcpv4.OptRootPath(s.root))
 	}
 	return r
 }

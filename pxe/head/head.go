@@ -73,12 +73,13 @@ type Image struct {
 type Config struct {
 	Cluster  configs.Cluster
 	Image    Image
-	NFS      NFS          // nil: no NFS is served (a root on an existing filer)
-	Locks    Locks        // the lock manager of NFS; nil: none is served
-	NFSPath  string       // path of the root in the export, "/" if empty
-	NFSStats func() any   // what GET /v1/nfs on the control socket answers, as JSON; nil: no such thing
-	Metrics  http.Handler // GET /metrics on the control socket; nil: no such thing
-	StateDir string       // the registry and the control socket are in StateDir/head
+	NFS      NFS              // nil: another program or machine serves the root
+	Locks    Locks            // the lock manager of NFS; nil: none is served
+	Root     httpboot.Root    // where the root is; the zero value is "/" of NFS
+	Mounts   []httpboot.Mount // what nodes mount besides it
+	NFSStats func() any       // what GET /v1/nfs on the control socket answers, as JSON; nil: no such thing
+	Metrics  http.Handler     // GET /metrics on the control socket; nil: no such thing
+	StateDir string           // the registry and the control socket are in StateDir/head
 	Network  Network
 	Force    bool         // serve even if another DHCP server answers
 	Log      *slog.Logger // nil: silent
@@ -112,8 +113,8 @@ func New(cfg Config) (*Head, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	if cfg.NFSPath == "" {
-		cfg.NFSPath = "/"
+	if !cfg.Root.Server.IsValid() {
+		cfg.Root = httpboot.HeadRoot(&cfg.Cluster, "/")
 	}
 	if err := cfg.Image.check(cfg.Cluster.Boot); err != nil {
 		return nil, err
@@ -216,10 +217,10 @@ func (h *Head) listen() (services []service, closeAll func(), err error) {
 	}
 	open = append(open, web)
 
-	dhcpServer := dhcp.New(dhcp.Config{Cluster: *c, Nodes: h.nodes, Log: h.cfg.Log})
+	dhcpServer := dhcp.New(dhcp.Config{Cluster: *c, Nodes: h.nodes, Root: h.cfg.Root.String(), Log: h.cfg.Log})
 	tftpServer := h.tftp()
 	webServer := httpboot.New(httpboot.Config{
-		Cluster: *c, Nodes: h.nodes, Log: h.cfg.Log, NFSPath: h.cfg.NFSPath,
+		Cluster: *c, Nodes: h.nodes, Log: h.cfg.Log, Root: h.cfg.Root, Mounts: h.cfg.Mounts,
 		Kernel: h.cfg.Image.Kernel, Initramfs: h.cfg.Image.Initramfs, Loaders: h.cfg.Image.loaders(),
 	})
 	services = []service{
@@ -273,7 +274,7 @@ func (h *Head) findForeign(ctx context.Context) error {
 func (h *Head) tftp() *tftp.Server {
 	c := &h.cfg.Cluster
 	config := func(n nodes.Node, ok bool) ([]byte, bool) {
-		return []byte(httpboot.PXELinuxConfig(c, n, h.cfg.NFSPath)), ok
+		return []byte(httpboot.PXELinuxConfig(c, n, h.cfg.Root)), ok
 	}
 	table := &tftp.Table{
 		Files: map[string]tftp.File{

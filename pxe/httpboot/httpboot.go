@@ -53,7 +53,8 @@ type Config struct {
 	Kernel    string            // path of vmlinuz
 	Initramfs string            // path of initramfs.img
 	Loaders   map[string]string // name below /boot/ to path
-	NFSPath   string            // exported path of the root, "/" if empty
+	Root      Root              // where the nodes' root is
+	Mounts    []Mount           // what nodes mount besides it
 	Admission Admission         // nil: there is no cluster service
 	Log       *slog.Logger      // nil: silent
 	Now       func() time.Time  // nil: time.Now
@@ -86,9 +87,6 @@ func New(cfg Config) *Server {
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
-	}
-	if cfg.NFSPath == "" {
-		cfg.NFSPath = "/"
 	}
 	s := &Server{cfg: cfg, log: cfg.Log.With("component", "http"), mux: http.NewServeMux()}
 	s.mux.HandleFunc("GET /boot.ipxe", s.script)
@@ -163,7 +161,7 @@ func (s *Server) script(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, refusal)
 		return
 	}
-	text := Script(&s.cfg.Cluster, n, s.cfg.NFSPath)
+	text := Script(&s.cfg.Cluster, n, s.cfg.Root)
 	if _, err := io.WriteString(w, text); err == nil && r.Method == http.MethodGet {
 		s.cfg.Nodes.Saw(n.MAC, nodes.StageScript, "")
 	}
@@ -189,15 +187,24 @@ type Settings struct {
 	Head        netip.Addr   `json:"head"`
 	Time        time.Time    `json:"time"` // the head's clock, RFC 3339 with nanoseconds
 	NFS         NFS          `json:"nfs"`
+	Mounts      []Mount      `json:"mounts,omitempty"`
 	RescueShell bool         `json:"rescue_shell"`
 	Cluster     *Cluster     `json:"cluster,omitempty"` // nil: there is no cluster service
 }
 
 // NFS says where a node's root is.
 type NFS struct {
-	Server netip.Addr `json:"server"`
-	Port   int        `json:"port"`
-	Path   string     `json:"path"`
+	Server  netip.Addr `json:"server"`
+	Port    int        `json:"port"`
+	Path    string     `json:"path"`
+	Options []string   `json:"options,omitempty"`
+}
+
+// Mount is a directory besides the root, from the root's server.
+type Mount struct {
+	Path     string `json:"path"` // as exported
+	At       string `json:"at"`   // where a node has it
+	ReadOnly bool   `json:"readonly,omitempty"`
 }
 
 func (s *Server) settings(w http.ResponseWriter, r *http.Request) {
@@ -217,7 +224,8 @@ func (s *Server) settings(w http.ResponseWriter, r *http.Request) {
 		Address:     netip.PrefixFrom(n.Address, c.Network.Subnet.Bits()),
 		Head:        c.Network.Head,
 		Time:        s.cfg.Now(),
-		NFS:         NFS{c.Network.Head, c.Network.NFSPort, s.cfg.NFSPath},
+		NFS:         NFS(s.cfg.Root),
+		Mounts:      s.cfg.Mounts,
 		RescueShell: c.Initramfs.RescueShell,
 		Cluster:     s.cluster(r, n),
 	})

@@ -66,8 +66,9 @@ func newRig(t testing.TB) *rig {
 		}
 		return path
 	}
+	c := cluster()
 	s := New(Config{
-		Cluster: cluster(), Nodes: registry, Now: now,
+		Cluster: c, Nodes: registry, Now: now, Root: HeadRoot(&c, "/"),
 		Kernel: file("k", kernel), Initramfs: filepath.Join(dir, "missing"),
 		Loaders: map[string]string{"snponly.efi": file("s", "efi")},
 	})
@@ -111,18 +112,21 @@ func TestCommandLine(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		set  func(*configs.Cluster, *nodes.Node)
+		root *Root
 		want string
 	}{
-		{"as Kerrighed's", nil, "ro root=/dev/ram ip=dhcp nfsroot=10.77.0.254:/ session_id=1 node_id=1 BOOTIF=01-52-54-00-00-00-0a"},
-		{"address does not end in the id", func(c *configs.Cluster, n *nodes.Node) { n.Address = netip.MustParseAddr("10.77.0.9") },
+		{"root on an existing server", nil, &Root{netip.MustParseAddr("10.0.0.5"), 2050, "/export/krg", []string{"mountport=20048", "noatime"}},
+			"ro root=/dev/ram ip=dhcp nfsroot=10.0.0.5:/export/krg,port=2050,mountport=20048,noatime session_id=1 node_id=1 BOOTIF=01-52-54-00-00-00-0a"},
+		{"as Kerrighed's", nil, nil, "ro root=/dev/ram ip=dhcp nfsroot=10.77.0.254:/ session_id=1 node_id=1 BOOTIF=01-52-54-00-00-00-0a"},
+		{"address does not end in the id", func(c *configs.Cluster, n *nodes.Node) { n.Address = netip.MustParseAddr("10.77.0.9") }, nil,
 			"ro root=/dev/ram ip=dhcp nfsroot=10.77.0.254:/ session_id=1 node_id=1 autonodeid=0 BOOTIF=01-52-54-00-00-00-0a"},
-		{"wide subnet", func(c *configs.Cluster, n *nodes.Node) { n.Address = netip.MustParseAddr("10.77.1.1") },
+		{"wide subnet", func(c *configs.Cluster, n *nodes.Node) { n.Address = netip.MustParseAddr("10.77.1.1") }, nil,
 			"ro root=/dev/ram ip=dhcp nfsroot=10.77.0.254:/ session_id=1 node_id=1 BOOTIF=01-52-54-00-00-00-0a"},
-		{"NFS elsewhere", func(c *configs.Cluster, n *nodes.Node) { c.Network.NFSPort, c.SessionID = 12049, 77 },
+		{"NFS elsewhere", func(c *configs.Cluster, n *nodes.Node) { c.Network.NFSPort, c.SessionID = 12049, 77 }, nil,
 			"ro root=/dev/ram ip=dhcp nfsroot=10.77.0.254:/,port=12049 session_id=77 node_id=1 BOOTIF=01-52-54-00-00-00-0a"},
 		{"arguments", func(c *configs.Cluster, n *nodes.Node) {
 			c.Kernel.Args = []string{"console=ttyS0,115200", " quiet  debug ", "a\nboot\x00", ""}
-		},
+		}, nil,
 			"ro root=/dev/ram ip=dhcp nfsroot=10.77.0.254:/ session_id=1 node_id=1 BOOTIF=01-52-54-00-00-00-0a console=ttyS0,115200 quiet debug a boot"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -132,7 +136,11 @@ func TestCommandLine(t *testing.T) {
 			if tt.set != nil {
 				tt.set(&c, &n)
 			}
-			if got := CommandLine(&c, n, "/"); got != tt.want {
+			root := HeadRoot(&c, "/")
+			if tt.root != nil {
+				root = *tt.root
+			}
+			if got := CommandLine(&c, n, root); got != tt.want {
 				t.Errorf("\n got %s\nwant %s", got, tt.want)
 			}
 		})
@@ -141,7 +149,7 @@ func TestCommandLine(t *testing.T) {
 
 func TestPXELinuxConfig(t *testing.T) {
 	c := cluster()
-	golden(t, "pxelinux.golden", PXELinuxConfig(&c, nodes.Node{MAC: macA, ID: 1, Address: netip.MustParseAddr("10.77.0.1")}, "/"))
+	golden(t, "pxelinux.golden", PXELinuxConfig(&c, nodes.Node{MAC: macA, ID: 1, Address: netip.MustParseAddr("10.77.0.1")}, HeadRoot(&c, "/")))
 }
 
 func TestScript(t *testing.T) {

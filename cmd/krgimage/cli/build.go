@@ -32,6 +32,10 @@ build leaves the previous image as it was, and keeps the parts that were
 finished. The same inputs give the same bytes; SOURCE_DATE_EPOCH sets the time
 stamp of all files.
 
+Where an existing NFS server has the shared root and nfsroot.mounted says where
+its directory is on this machine, the image is installed there, too, unless a
+head node is running: then the next start of 'krgimage serve' does it.
+
 The Debian packages of an unchanged configuration stay the ones of the first
 build: --rebuild packages takes what the mirror has today.`,
 		Example: `  krgimage build
@@ -50,7 +54,7 @@ build: --rebuild packages takes what the mirror has today.`,
 			if !asJSON {
 				a.printImage(im)
 			}
-			return nil
+			return a.installRoot(cmd.Context(), c, im, a.reporter(asJSON))
 		},
 	}
 	cmd.Flags().StringSliceVar(&rebuild, "rebuild", nil, "make this `part` even if nothing changed: all, "+strings.Join(images.Parts, ", "))

@@ -103,7 +103,7 @@ Start with:
 	flags.StringVar(&a.cacheDir, "cache", "", "`directory` of downloaded packages (default: krgimage in the user's cache directory)")
 	flags.BoolVarP(&a.verbose, "verbose", "v", false, "log what happens inside")
 	root.AddCommand(a.initCommand(), a.configCommand(), a.buildCommand(), a.serveCommand(), a.nodesCommand(), a.nfsCommand(), a.logsCommand(),
-		a.trialCommand(), a.sshCommand(), a.manCommand())
+		a.trialCommand(), a.sshCommand(), a.exportCommand(), a.manCommand())
 	return root
 }
 

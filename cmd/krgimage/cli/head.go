@@ -45,7 +45,8 @@ type headOptions struct {
 	command string // its name
 	state   string // directory of its node table
 	network head.Network
-	force   bool // serve beside another DHCP server
+	nfs     string // nfsBuiltin or nfsKernel, where no existing server has the root
+	force   bool   // serve beside another DHCP server
 	log     *slog.Logger
 	report  *progress.Reporter
 }
@@ -69,42 +70,15 @@ func (a *app) openHead(ctx context.Context, c configs.Cluster, im *images.Image,
 	}
 	h.close = append(h.close, unlock)
 
-	if h.root, err = a.syncRoot(ctx, c, state, im, o); err != nil {
-		return nil, err
-	}
-	key, err := nfs.LoadKey(filepath.Join(state, "head", "nfs.key"))
+	root, err := a.openRoot(ctx, h, c, state, im, o)
 	if err != nil {
 		return nil, err
 	}
-	// The registry is made by the head, and the head wants the NFS server.
-	var registry func(netip.Addr) bool
-	server, err := nfs.New(nfs.Config{
-		Exports:   []nfs.Export{{Path: "/", Dir: h.root.Dir}},
-		HandleKey: key,
-		Log:       o.log,
-		Allow:     func(addr netip.Addr) bool { return registry(addr) },
-	})
-	if err != nil {
-		return nil, err
-	}
-	h.close = append(h.close, func() { server.Close() })
-	locks, err := openLocks(c, server, o, func(addr netip.Addr) bool { return registry(addr) })
-	if err != nil {
-		return nil, err
-	}
-	h.close = append(h.close, func() { locks.Close() })
 	h.Head, err = head.New(head.Config{
-		Cluster: c, NFS: server, Locks: locks, NFSStats: func() any { return server.Stats() }, Metrics: metrics(server), StateDir: o.state, Network: o.network, Force: o.force, Log: o.log,
+		Cluster: c, NFS: root.server, Root: root.at, Mounts: root.mounts, Locks: root.locks, NFSStats: root.stats, Metrics: root.metrics, StateDir: o.state, Network: o.network, Force: o.force, Log: o.log,
 		Image: head.Image{Kernel: im.Path(images.KernelFile), Initramfs: im.Path(images.InitramfsFile), LoaderDir: im.Path(images.LoaderDir)},
 	})
-	if err != nil {
-		return nil, err
-	}
-	registry = func(addr netip.Addr) bool {
-		_, known := h.Nodes().ByAddress(addr)
-		return known
-	}
-	return h, nil
+	return h, err
 }
 
 // metrics serves the counters of the head node in Prometheus form.
@@ -151,8 +125,9 @@ func checkedImage(state string, report *progress.Reporter) (*images.Image, error
 	return im, nil
 }
 
-// syncRoot brings the shared root up to the image and the configuration.
-func (a *app) syncRoot(ctx context.Context, c configs.Cluster, state string, im *images.Image, o headOptions) (live.Root, error) {
+// syncRoot brings the shared root, whose trees are in the directory (the state
+// directory's own if empty), up to the image and the configuration.
+func (a *app) syncRoot(ctx context.Context, c configs.Cluster, state, trees string, im *images.Image, o headOptions) (live.Root, error) {
 	_, public, err := clientKey(state)
 	if err != nil {
 		return live.Root{}, err
@@ -160,6 +135,8 @@ func (a *app) syncRoot(ctx context.Context, c configs.Cluster, state string, im 
 	artefact := func(name string) live.Artefact { return live.Artefact{Path: im.Path(name), Digest: im.Digest(name)} }
 	root, err := live.Sync(ctx, live.Input{
 		State:     state,
+		Trees:     trees,
+		Places:    places(c),
 		Image:     live.Image{Base: artefact(images.BaseFile), Modules: artefact(images.ModulesFile), Overlay: artefact(images.OverlayFile)},
 		Cluster:   c,
 		ExtraKeys: []string{public},

@@ -10,7 +10,7 @@ import (
 )
 
 func (a *app) serveCommand() *cobra.Command {
-	var link string
+	var link, server string
 	var force bool
 	cmd := &cobra.Command{
 		Use:   "serve",
@@ -21,6 +21,10 @@ Machines that boot from the network get their node id, boot loader, kernel and
 stage 1, and mount the shared root from here. Ids that were handed out are kept
 in the state directory. Run it as root, on a machine whose network interface
 holds the address network.head.
+
+The shared root is served by krgimage itself, or by this machine's kernel with
+--nfs=kernel (Debian's nfs-kernel-server must be installed), or by the existing
+server that nfsroot.server names; then no NFS is served here.
 
 It refuses to start when another DHCP server answers on the link, because two
 of them would hand out addresses against each other; --force serves all the
@@ -36,6 +40,9 @@ same.`,
 			}
 			if link != "" {
 				c.Network.Interface = link
+			}
+			if err := checkNFS(c, server); err != nil {
+				return err
 			}
 			if err := requireRoot("serve"); err != nil {
 				return err
@@ -54,7 +61,7 @@ same.`,
 				return err
 			}
 			h, err := a.openHead(ctx, c, im, headOptions{
-				command: "serve", state: state, network: network, force: force, log: log, report: report,
+				command: "serve", state: state, network: network, nfs: server, force: force, log: log, report: report,
 			})
 			if err != nil {
 				return err
@@ -72,6 +79,7 @@ same.`,
 		},
 	}
 	cmd.Flags().StringVarP(&link, "interface", "i", "", "network `interface` of the boot network (default: network.interface)")
+	cmd.Flags().StringVar(&server, "nfs", nfsBuiltin, "`server` of the shared root: builtin or kernel")
 	cmd.Flags().BoolVar(&force, "force", false, "serve although another DHCP server answers on the link")
 	return cmd
 }

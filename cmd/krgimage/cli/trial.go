@@ -114,6 +114,10 @@ func (f *trialFlags) apply(c *configs.Cluster, cmd *cobra.Command) error {
 	// The firmware of an ordinary PC is no iPXE, while QEMU's BIOS ROM is one
 	// that could skip TFTP: the trial goes the PC's way.
 	c.Boot.Chain = "always"
+	// A trial's network leads nowhere, so it serves the root itself.
+	if c.NFSRoot.External() {
+		c.NFSRoot = configs.Default().NFSRoot
+	}
 	return c.Validate()
 }
 

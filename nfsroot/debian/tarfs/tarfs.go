@@ -47,6 +47,8 @@ type Options struct {
 	Replace bool
 	// Seen is told each clean name that was unpacked; may be nil.
 	Seen func(name string)
+	// NoXattr leaves out extended attributes, which an NFS mount doesn't keep.
+	NoXattr bool
 }
 
 // Clean returns an entry's name as a clean relative path, "." for the top, or
@@ -267,6 +269,9 @@ func (x *extractor) attributes(at string, hdr *tar.Header) error {
 	}
 	if err := x.root.Chmod(at, mode); err != nil {
 		return err
+	}
+	if x.opt.NoXattr {
+		return nil
 	}
 	var f *os.File
 	for _, key := range slices.Sorted(maps.Keys(hdr.PAXRecords)) {
