@@ -59,7 +59,7 @@ e2e: build
 
 bench: deps
 	@$(MAKE) --no-print-directory build
-	$(GO) test -count=1 -timeout 60m -run '^$$' -bench . -benchtime 1x ./test
+	$(GO) test -count=1 -timeout 120m -run '^$$' -bench . -benchtime 1x ./test
 	$(GO) test -count=1 -run '^$$' -bench . ./services/link
 
 # Each fuzzer for FUZZTIME, one after the other.

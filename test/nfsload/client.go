@@ -118,13 +118,6 @@ func (d *dec) attrs() uint32 {
 	return binary.BigEndian.Uint32(p)
 }
 
-func (d *dec) wcc() {
-	if d.u32() == 1 {
-		d.take(24)
-	}
-	d.attrs()
-}
-
 // handle reads a post_op_fh3.
 func (d *dec) handle() []byte {
 	if d.u32() == 0 {
