@@ -99,6 +99,7 @@ type bench struct {
 	work    []byte // a directory for this run alone
 	begin   time.Time
 	stop    time.Time
+	patient bool         // nothing is given up
 	done    atomic.Int64 // operations
 	next    atomic.Int64 // numbers that tasks take
 }
@@ -116,7 +117,7 @@ func (b *bench) over() bool { return time.Now().After(b.stop) }
 
 // slow says that a load with a number of things to do is given up: the figure is
 // that of what was done until then.
-func (b *bench) slow() bool { return time.Since(b.begin) > 6*b.n.slice }
+func (b *bench) slow() bool { return !b.patient && time.Since(b.begin) > 6*b.n.slice }
 
 // drive runs flight tasks on each connection until all end.
 func (b *bench) drive(flight int, mk func() task) error {
@@ -375,9 +376,11 @@ func create(content bool) func(b *bench) error {
 
 // unlink removes files that it has made before the clock starts.
 func unlink(b *bench) error {
+	b.patient = true // or there would be too little to remove
 	if err := create(false)(b); err != nil {
 		return err
 	}
+	b.patient = false
 	b.done.Store(0)
 	b.next.Store(0)
 	b.timed()
