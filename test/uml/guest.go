@@ -132,7 +132,10 @@ func (g *Guest) Kill() {
 
 func (g *Guest) wait(ctx context.Context) error {
 	for {
-		err := g.run(ctx, Job{Args: []string{"/bin/true"}}, io.Discard)
+		err := g.reach(ctx)
+		if err == nil {
+			err = g.run(ctx, Job{Args: []string{"/bin/true"}}, io.Discard)
+		}
 		if err == nil {
 			return nil
 		}
@@ -144,6 +147,18 @@ func (g *Guest) wait(ctx context.Context) error {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// reach looks whether the guest's init listens. A guest that boots again has
+// another Ethernet address, so the first packets to it may go nowhere.
+func (g *Guest) reach(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	c, err := g.net.Dial(ctx, netip.AddrPortFrom(g.Addr, agentPort))
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
 
 // Job is a process in a guest.
