@@ -33,6 +33,7 @@ func TestFromNothingToACluster(t *testing.T) {
 		{"users log in on port 2222", (*site).testLogin},
 		{"node and session ids", (*site).testIdentity},
 		{"one shared root", (*site).testSharedRoot},
+		{"file locks hold between nodes", (*site).testLocks},
 		{"strangers stay out", (*site).testStrangers},
 		{"one head at a time", (*site).testSecondHead},
 		{"a node reboots and comes back", (*site).testReboot},
@@ -177,6 +178,27 @@ func (s *site) testSharedRoot() {
 	}
 }
 
+// holdLock has a process of a node lock the file "held" of user krg; holder has
+// its pid.
+func (s *site) holdLock(node int) {
+	s.t.Helper()
+	if got := s.ssh("krg", node, `(flock -x held sh -c 'echo $$ >holder; exec sleep 100000' </dev/null >/dev/null 2>&1 &)
+		while flock -n held true; do sleep 1; done; echo held`); got != "held" {
+		s.t.Fatalf("node %d doesn't lock a file: %q", node, got)
+	}
+}
+
+func (s *site) testLocks() {
+	s.holdLock(1)
+	if got := s.ssh("krg", 2, "flock -n held echo mine || echo refused"); got != "refused" {
+		s.t.Errorf("node 2 locks what node 1 has locked: %q", got)
+	}
+	s.ssh("krg", 1, "kill $(cat holder)")
+	if got := s.ssh("krg", 2, "flock -x held echo mine"); got != "mine" {
+		s.t.Errorf("node 2 doesn't get what node 1 let go: %q", got)
+	}
+}
+
 func (s *site) testStrangers() {
 	host, port, _ := strings.Cut(s.trialNodes()[0].SSH, ":")
 	key := s.path("stranger")
@@ -229,7 +251,11 @@ func (s *site) testReboot() {
 
 func (s *site) testPowerCut() {
 	before, _ := s.bootOf(1)
+	s.holdLock(1)
 	s.run(time.Minute, "trial", "power", "1", "kill")
+	if got := s.ssh("krg", 2, "flock -n held echo mine || echo refused"); got != "refused" {
+		s.t.Errorf("the locks of a node without power are free before it boots: %q", got)
+	}
 	if got := s.ssh("krg", 2, "cat over-reboot"); got != "kept" {
 		s.t.Errorf("with node 1 dead, node 2 says %q", got)
 	}
@@ -237,6 +263,9 @@ func (s *site) testPowerCut() {
 	s.waitForNewBoot(1, before)
 	if got := s.ssh("krg", 1, "cat over-reboot"); got != "kept" {
 		s.t.Errorf("after the power cut node 1 says %q", got)
+	}
+	if got := s.ssh("krg", 2, "flock -x held echo mine"); got != "mine" {
+		s.t.Errorf("node 2 doesn't get what node 1 held before the power cut: %q", got)
 	}
 }
 
