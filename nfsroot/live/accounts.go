@@ -5,12 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
 
 	"krgimage/configs"
+	"krgimage/nfsroot/meta"
 )
 
 // accounts are the four account files of a root: passwd(5), shadow(5),
@@ -296,7 +296,7 @@ func (a *accounts) files() []accountFile {
 	}
 }
 
-func readAccounts(root *os.Root) (*accounts, error) {
+func readAccounts(root meta.Root) (*accounts, error) {
 	a := &accounts{}
 	for _, f := range a.files() {
 		text, err := root.ReadFile(f.name)
@@ -308,7 +308,7 @@ func readAccounts(root *os.Root) (*accounts, error) {
 	return a, nil
 }
 
-func (a *accounts) write(root *os.Root) error {
+func (a *accounts) write(root meta.Root) error {
 	shadow := 0
 	if g := a.group.find("shadow"); g != nil {
 		shadow = max(0, line{fields: g}.id())

@@ -14,6 +14,8 @@ import (
 	"strings"
 
 	"github.com/google/renameio/v2"
+
+	"krgimage/nfsroot/meta"
 )
 
 // What people changed in a root is found by comparing it with the list of files
@@ -21,7 +23,7 @@ import (
 // switch: which packages were installed by hand, and what else is left behind.
 
 // writeFileList writes one line a file of the tree: its stamp, a blank, its path.
-func writeFileList(ctx context.Context, root *os.Root, file string) error {
+func writeFileList(ctx context.Context, root meta.Root, file string) error {
 	pending, err := renameio.NewPendingFile(file, renameio.WithTempDir(filepath.Dir(file)), renameio.WithStaticPermissions(0o600))
 	if err != nil {
 		return err
@@ -189,7 +191,7 @@ func (s *syncer) compare(ctx context.Context, j *journal) error {
 }
 
 // packageFiles are the paths that dpkg installed for a package.
-func packageFiles(root *os.Root, name string) []string {
+func packageFiles(root meta.Root, name string) []string {
 	var files []string
 	lists, _ := fs.Glob(root.FS(), "var/lib/dpkg/info/"+name+"*.list")
 	for _, list := range lists {

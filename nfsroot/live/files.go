@@ -7,15 +7,17 @@ import (
 	"io/fs"
 	"os"
 	"path"
+
+	"krgimage/nfsroot/meta"
 )
 
 // The live root is written by every node's root user, so the head never trusts
-// its symbolic links: all access goes through an os.Root.
+// its symbolic links: all access goes through a meta.Root.
 
 // replaceFile puts a file in place, written aside and renamed. A file that
 // already has this content, mode and owner is left alone, so that nodes keep
 // their cached copy.
-func replaceFile(root *os.Root, name string, data []byte, mode fs.FileMode, uid, gid int) error {
+func replaceFile(root meta.Root, name string, data []byte, mode fs.FileMode, uid, gid int) error {
 	if info, err := root.Lstat(name); err == nil && info.Mode() == mode && owner(info) == [2]int{uid, gid} {
 		if old, err := root.ReadFile(name); err == nil && bytes.Equal(old, data) {
 			return nil
@@ -36,7 +38,7 @@ func replaceFile(root *os.Root, name string, data []byte, mode fs.FileMode, uid,
 	return nil
 }
 
-func writeNew(root *os.Root, name string, data []byte, mode fs.FileMode, uid, gid int) error {
+func writeNew(root meta.Root, name string, data []byte, mode fs.FileMode, uid, gid int) error {
 	f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
@@ -45,10 +47,10 @@ func writeNew(root *os.Root, name string, data []byte, mode fs.FileMode, uid, gi
 	if _, err := f.Write(data); err != nil {
 		return err
 	}
-	if err := f.Chown(uid, gid); err != nil {
+	if err := root.Lchown(name, uid, gid); err != nil {
 		return err
 	}
-	if err := f.Chmod(mode); err != nil {
+	if err := root.Chmod(name, mode); err != nil {
 		return err
 	}
 	if err := f.Sync(); err != nil {
@@ -59,7 +61,7 @@ func writeNew(root *os.Root, name string, data []byte, mode fs.FileMode, uid, gi
 
 // replaceLink makes name a symbolic link to target, whatever it was, unless it
 // is a directory.
-func replaceLink(root *os.Root, target, name string) error {
+func replaceLink(root meta.Root, target, name string) error {
 	if old, err := root.Readlink(name); err == nil && old == target {
 		return nil
 	}
@@ -78,7 +80,7 @@ func replaceLink(root *os.Root, target, name string) error {
 }
 
 // makeDir makes a directory of root's, or sets the mode of the one there.
-func makeDir(root *os.Root, name string, mode fs.FileMode) error {
+func makeDir(root meta.Root, name string, mode fs.FileMode) error {
 	if err := root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -100,7 +102,7 @@ func makeDir(root *os.Root, name string, mode fs.FileMode) error {
 	return nil
 }
 
-func exists(root *os.Root, name string) (bool, error) {
+func exists(root meta.Root, name string) (bool, error) {
 	_, err := root.Lstat(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil

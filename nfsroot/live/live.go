@@ -17,6 +17,11 @@
 // next Sync takes it up again. No node may be up while Sync runs, as nodes cache
 // what they have read; the caller's lock on the state directory sees to that.
 //
+// Root owns the files as they are meant to be. Any other user can have a live
+// root too: there owners, modes, devices and links are kept in attributes
+// (package meta), which the file server understands. A state directory has the
+// one kind or the other.
+//
 // Below the state directory:
 //
 //	root/live          symbolic link to the tree in use, root/N-DIGEST
@@ -52,10 +57,8 @@ import (
 	"krgimage/configs"
 	"krgimage/images/progress"
 	"krgimage/nfsroot/debian/space"
+	"krgimage/nfsroot/meta"
 )
-
-// ErrNotRoot is returned when the caller may not own files of other users.
-var ErrNotRoot = errors.New("the live root needs root: its files belong to many users\n  fix: run it with sudo")
 
 // Input is what the live root is to be like.
 type Input struct {
@@ -98,6 +101,7 @@ type Host struct {
 // Root is the live root after a Sync.
 type Root struct {
 	Dir     string // STATE/root/live, resolved
+	Kept    bool   // the owners of its files are kept in attributes (package meta)
 	HostKey string // public host key of every node's sshd
 	Report  Report
 }
@@ -152,9 +156,10 @@ type record struct {
 // syncer is one Sync at work.
 type syncer struct {
 	in    Input
-	dir   string   // STATE/root
-	trees *os.Root // of dir
-	loose bool     // dir keeps no extended attributes
+	dir   string    // STATE/root
+	trees meta.Root // of dir
+	kept  bool      // without root: owners are in attributes
+	loose bool      // dir keeps no extended attributes
 	log   *slog.Logger
 	rep   *progress.Reporter
 	// at is called between the steps of a switch; tests stop there.
@@ -167,15 +172,23 @@ func Sync(ctx context.Context, in Input, rep *progress.Reporter) (Root, error) {
 }
 
 func syncRoot(ctx context.Context, in Input, rep *progress.Reporter, at func(string) error) (Root, error) {
-	if os.Geteuid() != 0 {
-		return Root{}, ErrNotRoot
+	root := os.Geteuid() == 0
+	switch {
+	case in.Trees != "" && !root:
+		return Root{}, errors.New("nfsroot.mounted: the files of a root on another server belong to many users, which takes root\n  fix: run it with sudo, or leave the setting out for a trial")
+	case len(in.Places) > 0 && !root:
+		return Root{}, errors.New("nfsroot.exports: directories of this machine have files of many users, and serving them takes root\n  fix: run it with sudo, or leave the setting out for a trial")
+	case in.Trees == "":
+		if err := Preflight(in.State); err != nil {
+			return Root{}, err
+		}
 	}
 	for _, a := range []Artefact{in.Image.Base, in.Image.Modules, in.Image.Overlay} {
 		if digest := plainDigest(a.Digest); len(digest) != 64 || strings.Trim(digest, "0123456789abcdef") != "" {
 			return Root{}, fmt.Errorf("live root: %s comes with the digest %q, which is no SHA-256", a.Path, a.Digest)
 		}
 	}
-	s := &syncer{in: in, dir: cmp.Or(in.Trees, filepath.Join(in.State, "root")), rep: cmp.Or(rep, progress.Discard()), at: at}
+	s := &syncer{in: in, dir: cmp.Or(in.Trees, filepath.Join(in.State, "root")), rep: cmp.Or(rep, progress.Discard()), at: at, kept: !root}
 	s.log = cmp.Or(in.Log, slog.New(slog.DiscardHandler)).With("component", "live")
 	if in.Trees != "" {
 		var err error
@@ -189,7 +202,12 @@ func syncRoot(ctx context.Context, in Input, rep *progress.Reporter, at func(str
 	if err != nil {
 		return Root{}, err
 	}
-	s.trees, err = os.OpenRoot(s.dir)
+	if s.kept {
+		if err := meta.Supported(s.dir); err != nil {
+			return Root{}, err
+		}
+	}
+	s.trees, err = meta.Open(s.dir, s.kept)
 	if err != nil {
 		return Root{}, err
 	}
@@ -205,7 +223,43 @@ func syncRoot(ctx context.Context, in Input, rep *progress.Reporter, at func(str
 	} else {
 		step.Done("%s (%s)", report.Action, id)
 	}
-	return Root{Dir: filepath.Join(s.dir, id), HostKey: key.public, Report: report}, nil
+	return Root{Dir: filepath.Join(s.dir, id), Kept: s.kept, HostKey: key.public, Report: report}, nil
+}
+
+// Preflight says whether the caller can have a live root in a state directory:
+// not where one of the other kind, or another user's, is.
+func Preflight(state string) error {
+	dir := filepath.Join(state, "root")
+	for _, at := range []string{state, dir, filepath.Join(dir, "live")} {
+		info, err := os.Stat(at)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil
+		case errors.Is(err, fs.ErrPermission):
+			return fmt.Errorf("the live root in %s belongs to another user, or to root\n  fix: run it as that user, or use a state directory of your own (--state)", state)
+		case err != nil:
+			return err
+		}
+		uid := owner(info)[0]
+		if me := os.Geteuid(); me != 0 && me != uid {
+			return fmt.Errorf("%s belongs to the user with uid %d, and this is %d\n  fix: run it as that user (sudo for root), or use a state directory of your own (--state)", at, uid, me)
+		}
+	}
+	live := filepath.Join(dir, "live")
+	info, err := os.Stat(live)
+	if err != nil {
+		return err
+	}
+	kept, err := meta.Marked(live)
+	switch uid := owner(info)[0]; {
+	case err != nil:
+		return err
+	case kept && os.Geteuid() == 0:
+		return fmt.Errorf("the live root in %s was made without root, by the user with uid %d: the owners of its files are not those on disk\n  fix: run it as that user; or, for a root of root's, use another state directory (--state) or remove %s to start with a fresh one", state, uid, dir)
+	case !kept && os.Geteuid() != 0:
+		return fmt.Errorf("the live root in %s has no attributes with the owners of its files: it was copied, or made by root and given away\n  fix: use another state directory (--state), or remove %s to start with a fresh one", state, dir)
+	}
+	return nil
 }
 
 func (s *syncer) sync(ctx context.Context, step *progress.Step, key hostKey) (Report, string, error) {

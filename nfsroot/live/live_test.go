@@ -10,9 +10,11 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -20,13 +22,56 @@ import (
 	"golang.org/x/sys/unix"
 
 	"krgimage/configs"
+	"krgimage/nfsroot/meta"
 )
 
 func needRoot(t *testing.T) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("a live root has files of many owners: needs root")
+		t.Skip("needs root")
 	}
+}
+
+// kept says that this is no privileged process: live roots are kept without
+// privilege. Root runs all tests again in such a process (see TestWithoutRoot).
+func kept() bool { return os.Geteuid() != 0 }
+
+// open opens a tree as it is meant to be.
+func open(t *testing.T, dir string) meta.Root {
+	t.Helper()
+	root, err := meta.Open(dir, kept())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { root.Close() })
+	return root
+}
+
+// TestWithoutRoot runs every test again as an ordinary user.
+func TestWithoutRoot(t *testing.T) {
+	if kept() {
+		t.Skip("this is the ordinary user's process: every test is one without root")
+	}
+	tmp, err := os.MkdirTemp("", "krgimage-live-user-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(tmp) })
+	const user = 65534
+	if err := os.Chown(tmp, user, user); err != nil {
+		t.Fatal(err)
+	}
+	// By this name the program can be run from a directory that is closed to
+	// the user.
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.v", "-test.timeout=8m")
+	cmd.Dir = tmp
+	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "HOME="+tmp)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: user, Gid: user}}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("as an ordinary user: %v\n%s", err, out)
+	}
+	t.Logf("%s", out)
 }
 
 // item is an entry of a synthetic archive.
@@ -157,7 +202,7 @@ func mustSync(t *testing.T, in Input) Root {
 
 func read(t *testing.T, parts ...string) string {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(parts...))
+	text, err := open(t, parts[0]).ReadFile(filepath.Join(parts[1:]...))
 	if err != nil {
 		t.Error(err)
 	}
@@ -176,13 +221,23 @@ func write(t *testing.T, text string, parts ...string) {
 }
 
 func TestFirstSync(t *testing.T) {
-	needRoot(t)
 	in := testInput(t)
 	root := mustSync(t, in)
 	if root.Report.Action != "made" {
 		t.Errorf("action %q", root.Report.Action)
 	}
-	var st unix.Stat_t
+	tree := open(t, root.Dir)
+	if root.Kept != kept() {
+		t.Errorf("the root is kept: %v", root.Kept)
+	}
+	stat := func(name string) syscall.Stat_t {
+		info, err := tree.Lstat(name)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			return syscall.Stat_t{}
+		}
+		return *info.Sys().(*syscall.Stat_t)
+	}
 	for _, want := range []struct {
 		name string
 		mode uint32
@@ -200,20 +255,20 @@ func TestFirstSync(t *testing.T) {
 		{"etc/krgimage/sshd_config", unix.S_IFREG | 0o644, 0},
 		{"lib/modules/6.1/modules.dep", unix.S_IFREG | 0o644, 0},
 	} {
-		if err := unix.Lstat(filepath.Join(root.Dir, want.name), &st); err != nil {
-			t.Errorf("%s: %v", want.name, err)
-		} else if st.Mode != want.mode || st.Uid != want.uid {
+		if st := stat(want.name); st.Mode != want.mode || st.Uid != want.uid {
 			t.Errorf("%s: mode %o uid %d, want %o %d", want.name, st.Mode, st.Uid, want.mode, want.uid)
 		}
 	}
-	if err := unix.Lstat(filepath.Join(root.Dir, "dev/null"), &st); err != nil || st.Rdev != unix.Mkdev(1, 3) {
-		t.Errorf("dev/null: %v %x", err, st.Rdev)
+	if st := stat("dev/null"); st.Rdev != unix.Mkdev(1, 3) {
+		t.Errorf("dev/null: %x", st.Rdev)
 	}
-	if err := unix.Lstat(filepath.Join(root.Dir, "usr/bin/perl5"), &st); err != nil || st.Nlink != 2 {
-		t.Errorf("hard link: %v, %d links", err, st.Nlink)
+	if st := stat("usr/bin/perl5"); st.Nlink != 2 {
+		t.Errorf("hard link: %d links", st.Nlink)
 	}
 	attr := make([]byte, 64)
-	if n, err := unix.Getxattr(filepath.Join(root.Dir, "usr/bin/ping"), "security.capability", attr); err != nil || string(attr[:n]) != netRaw {
+	if kept() {
+		// Capabilities of programs are root's to give, and NFS has none.
+	} else if n, err := unix.Getxattr(filepath.Join(root.Dir, "usr/bin/ping"), "security.capability", attr); err != nil || string(attr[:n]) != netRaw {
 		t.Errorf("capabilities of ping: %x %v", attr[:n], err)
 	}
 	if shadow := read(t, root.Dir, "etc/shadow"); !strings.Contains(shadow, "\nkrg:*:") {
@@ -244,7 +299,6 @@ func TestFirstSync(t *testing.T) {
 }
 
 func TestOverlayInPlace(t *testing.T) {
-	needRoot(t)
 	in := testInput(t)
 	in.Image.Overlay = overlay(t, "one", item{name: "usr/sbin/gone", text: "x"})
 	root := mustSync(t, in)
@@ -363,7 +417,6 @@ func newImage(t *testing.T) Image {
 }
 
 func TestSwitch(t *testing.T) {
-	needRoot(t)
 	in := testInput(t)
 	first := mustSync(t, in)
 	dirty(t, first.Dir)
@@ -388,7 +441,6 @@ func TestSwitch(t *testing.T) {
 // TestSwitchInterrupted stops a switch at each of its points, and expects the
 // next Sync to bring about the same as an undisturbed one.
 func TestSwitchInterrupted(t *testing.T) {
-	needRoot(t)
 	var points []string
 	in := testInput(t)
 	first := mustSync(t, in)
@@ -422,7 +474,6 @@ func TestSwitchInterrupted(t *testing.T) {
 
 // TestResumeWithThirdImage: the image changed again after the interruption.
 func TestResumeWithThirdImage(t *testing.T) {
-	needRoot(t)
 	in := testInput(t)
 	first := mustSync(t, in)
 	dirty(t, first.Dir)
@@ -446,7 +497,6 @@ func TestResumeWithThirdImage(t *testing.T) {
 }
 
 func TestDamagedArtefactLeavesLiveRoot(t *testing.T) {
-	needRoot(t)
 	in := testInput(t)
 	first := mustSync(t, in)
 	in.Image = newImage(t)
@@ -475,16 +525,15 @@ func TestDamagedArtefactLeavesLiveRoot(t *testing.T) {
 // TestHostileTree: a node's root user controls the tree; nothing outside may be
 // written or read through it.
 func TestHostileTree(t *testing.T) {
-	needRoot(t)
 	in := testInput(t)
 	root := mustSync(t, in)
 	victim := t.TempDir()
 	for _, name := range []string{"etc/krgimage", "etc/ssh"} {
-		path := filepath.Join(root.Dir, name)
-		if err := os.RemoveAll(path); err != nil {
+		tree := open(t, root.Dir)
+		if err := tree.RemoveAll(name); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.Symlink(victim, path); err != nil {
+		if err := tree.Symlink(victim, name); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -498,7 +547,6 @@ func TestHostileTree(t *testing.T) {
 }
 
 func TestAccountLeavesConfiguration(t *testing.T) {
-	needRoot(t)
 	in := testInput(t)
 	root := mustSync(t, in)
 	write(t, "thesis", root.Dir, "home/krg/thesis.tex")
@@ -516,11 +564,30 @@ func TestAccountLeavesConfiguration(t *testing.T) {
 	}
 }
 
-func TestNotRoot(t *testing.T) {
-	if os.Geteuid() == 0 {
-		t.Skip("is root")
+// TestPreflight: a live root is never taken for one of the other kind.
+func TestPreflight(t *testing.T) {
+	in := testInput(t)
+	if err := Preflight(filepath.Join(in.State, "none")); err != nil {
+		t.Errorf("nothing there: %v", err)
 	}
-	if _, err := Sync(t.Context(), Input{State: t.TempDir()}, nil); !errors.Is(err, ErrNotRoot) {
-		t.Errorf("%v", err)
+	root := mustSync(t, in)
+	if err := Preflight(in.State); err != nil {
+		t.Errorf("one's own: %v", err)
+	}
+	// What the other kind's would look like.
+	want := "made without root"
+	if kept() {
+		want = "no attributes"
+		if err := unix.Removexattr(root.Dir, meta.Name); err != nil {
+			t.Fatal(err)
+		}
+		if err := Preflight("/root/x"); err == nil {
+			t.Error("root's directory is accepted")
+		}
+	} else if err := unix.Setxattr(root.Dir, meta.Name, meta.Attr{Mode: unix.S_IFDIR | 0o755}.Append(nil), 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Sync(t.Context(), in, nil); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "fix:") {
+		t.Errorf("the other kind: %v, want something with %q", err, want)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"krgimage/configs"
+	"krgimage/nfsroot/meta"
 )
 
 const (
@@ -45,7 +46,7 @@ Subsystem sftp /usr/lib/openssh/sftp-server
 `
 
 // writeManaged writes what is ours in a live root.
-func writeManaged(root *os.Root, in Input, key hostKey) error {
+func writeManaged(root meta.Root, in Input, key hostKey) error {
 	for _, dir := range []struct {
 		name string
 		mode fs.FileMode
@@ -84,7 +85,7 @@ func writeManaged(root *os.Root, in Input, key hostKey) error {
 // writeKeys writes one key file for root and each user, and removes those of
 // accounts that are gone. The files belong to root, so an account cannot lock
 // the administrator out.
-func writeKeys(root *os.Root, in Input) error {
+func writeKeys(root meta.Root, in Input) error {
 	everyone := slices.Concat(in.Cluster.SSH.Keys, in.ExtraKeys)
 	files := map[string][]string{"root": everyone}
 	for _, u := range in.Cluster.Users {
@@ -95,16 +96,12 @@ func writeKeys(root *os.Root, in Input) error {
 			return err
 		}
 	}
-	dir, err := root.Open(keysDir)
+	there, err := fs.ReadDir(root.FS(), keysDir)
 	if err != nil {
 		return err
 	}
-	defer dir.Close()
-	names, err := dir.Readdirnames(-1)
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
+	for _, entry := range there {
+		name := entry.Name()
 		if _, ok := files[name]; !ok {
 			if err := root.RemoveAll(path.Join(keysDir, name)); err != nil {
 				return err
@@ -135,7 +132,7 @@ const (
 )
 
 // hostsFile is hosts(5) with our block renewed and the rest as it was.
-func hostsFile(root *os.Root, domain string, hosts []Host) ([]byte, error) {
+func hostsFile(root meta.Root, domain string, hosts []Host) ([]byte, error) {
 	old, err := root.ReadFile("etc/hosts")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -168,7 +165,7 @@ func hostsFile(root *os.Root, domain string, hosts []Host) ([]byte, error) {
 
 // pristine finishes a freshly unpacked root: files that people may change
 // afterwards, so that they are written once.
-func pristine(root *os.Root, c configs.Cluster) error {
+func pristine(root meta.Root, c configs.Cluster) error {
 	for _, dir := range []struct {
 		name string
 		mode fs.FileMode
@@ -207,7 +204,7 @@ func pristine(root *os.Root, c configs.Cluster) error {
 
 // configureAccounts brings the accounts of cluster.yaml into a root and their
 // directories into homes, and returns the accounts that were removed.
-func configureAccounts(root, homes *os.Root, users []configs.User, before []string) (gone []string, err error) {
+func configureAccounts(root, homes meta.Root, users []configs.User, before []string) (gone []string, err error) {
 	a, err := readAccounts(root)
 	if err != nil {
 		return nil, err
@@ -230,7 +227,7 @@ func configureAccounts(root, homes *os.Root, users []configs.User, before []stri
 }
 
 // makeHome makes a missing home directory in homes from the root's /etc/skel.
-func makeHome(root, homes *os.Root, u configs.User) error {
+func makeHome(root, homes meta.Root, u configs.User) error {
 	if there, err := exists(homes, u.Name); there || err != nil {
 		return err
 	}
@@ -275,8 +272,8 @@ func makeHome(root, homes *os.Root, u configs.User) error {
 	return homes.Rename(aside, u.Name)
 }
 
-func copyFile(root *os.Root, from string, dest *os.Root, to string, mode fs.FileMode) error {
-	in, err := root.Open(from)
+func copyFile(root meta.Root, from string, dest meta.Root, to string, mode fs.FileMode) error {
+	in, err := root.OpenFile(from, os.O_RDONLY, 0)
 	if err != nil {
 		return err
 	}

@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"krgimage/nfsroot/meta"
 )
 
 // checkServer finds out whether the directory, which may be on another server,
@@ -54,7 +56,7 @@ func checkServer(dir string) (loose bool, err error) {
 }
 
 // makePlaces makes the directories on which nodes mount others.
-func makePlaces(root *os.Root, places []Place) error {
+func makePlaces(root meta.Root, places []Place) error {
 	for _, p := range places {
 		if info, err := os.Stat(p.Dir); err != nil || !info.IsDir() {
 			return fmt.Errorf("nfsroot.exports: there is no directory %s on this machine\n  fix: make it, or mount what belongs there", p.Dir)
@@ -71,10 +73,10 @@ func makePlaces(root *os.Root, places []Place) error {
 }
 
 // homes is what nodes see as /home.
-func (s *syncer) homes(root *os.Root) (*os.Root, error) {
+func (s *syncer) homes(root meta.Root) (meta.Root, error) {
 	for _, p := range s.in.Places {
 		if p.At == "/home" {
-			return os.OpenRoot(filepath.Clean(p.Dir))
+			return meta.Open(filepath.Clean(p.Dir), s.kept)
 		}
 	}
 	return root.OpenRoot("home")

@@ -324,7 +324,7 @@ func (s *syncer) overlayAgain(ctx context.Context, step *progress.Step, id strin
 		rec.Overlay = ""
 		return s.writeRecord(id, rec)
 	}
-	opt := tarfs.Options{Owner: true, NoXattr: s.loose, Replace: true, Match: func(name string) bool {
+	opt := tarfs.Options{Owner: true, Kept: s.kept, NoXattr: s.loose, Replace: true, Match: func(name string) bool {
 		return slices.ContainsFunc(keptPaths(), func(p string) bool { return name == p || strings.HasPrefix(name, p+"/") })
 	}}
 	return extract(ctx, step, s.in.Image.Overlay, filepath.Join(s.dir, id), opt)

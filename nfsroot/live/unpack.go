@@ -22,6 +22,7 @@ import (
 	"krgimage/nfsroot/debian"
 	"krgimage/nfsroot/debian/space"
 	"krgimage/nfsroot/debian/tarfs"
+	"krgimage/nfsroot/meta"
 )
 
 // keepReleases is how many kernels' modules stay in a root: the new one's and
@@ -62,9 +63,9 @@ func (s *syncer) unpack(ctx context.Context, step *progress.Step) (id string, er
 		from Artefact
 		opt  tarfs.Options
 	}{
-		{"Debian root", image.Base, tarfs.Options{Owner: true, NoXattr: s.loose}},
-		{"kernel modules", image.Modules, tarfs.Options{Owner: true, NoXattr: s.loose, Replace: true, Seen: releases.seen}},
-		{"overlay", image.Overlay, tarfs.Options{Owner: true, NoXattr: s.loose, Replace: true, Seen: overlay.seen}},
+		{"Debian root", image.Base, tarfs.Options{Owner: true, Kept: s.kept, NoXattr: s.loose}},
+		{"kernel modules", image.Modules, tarfs.Options{Owner: true, Kept: s.kept, NoXattr: s.loose, Replace: true, Seen: releases.seen}},
+		{"overlay", image.Overlay, tarfs.Options{Owner: true, Kept: s.kept, NoXattr: s.loose, Replace: true, Seen: overlay.seen}},
 	} {
 		step.Note("unpacking the %s", part.what)
 		if err := extract(ctx, step, part.from, filepath.Join(s.dir, partial), part.opt); err != nil {
@@ -134,7 +135,7 @@ func (s *syncer) update(ctx context.Context, step *progress.Step, id string, rec
 	if rec.Modules != modules {
 		step.Note("kernel modules")
 		list := &releaseList{}
-		if err := extract(ctx, step, image.Modules, dir, tarfs.Options{Owner: true, NoXattr: s.loose, Replace: true, Seen: list.seen}); err != nil {
+		if err := extract(ctx, step, image.Modules, dir, tarfs.Options{Owner: true, Kept: s.kept, NoXattr: s.loose, Replace: true, Seen: list.seen}); err != nil {
 			return Report{}, fmt.Errorf("kernel modules: %w", err)
 		}
 		rec.Modules = modules
@@ -143,7 +144,7 @@ func (s *syncer) update(ctx context.Context, step *progress.Step, id string, rec
 	}
 	step.Note("overlay")
 	list := &fileList{}
-	if err := extract(ctx, step, image.Overlay, dir, tarfs.Options{Owner: true, NoXattr: s.loose, Replace: true, Seen: list.seen}); err != nil {
+	if err := extract(ctx, step, image.Overlay, dir, tarfs.Options{Owner: true, Kept: s.kept, NoXattr: s.loose, Replace: true, Seen: list.seen}); err != nil {
 		return Report{}, fmt.Errorf("overlay: %w", err)
 	}
 	for _, name := range before {
@@ -228,7 +229,7 @@ func extract(ctx context.Context, step *progress.Step, from Artefact, dir string
 }
 
 // installed are the names of a root's installed packages.
-func installed(root *os.Root) ([]string, error) {
+func installed(root meta.Root) ([]string, error) {
 	status, err := root.ReadFile("var/lib/dpkg/status")
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil

@@ -24,6 +24,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"krgimage/nfsroot/meta"
 )
 
 // ErrUnsafe marks an archive entry whose name leaves the tree.
@@ -41,6 +43,10 @@ type Options struct {
 	// Owner keeps uid, gid, device nodes and extended attributes, which takes
 	// root. Without it devices are left out and setuid bits are cleared.
 	Owner bool
+	// Kept is Owner without root: it takes a directory that is the top of a
+	// tree whose owners are kept in attributes (package meta), and has no
+	// attributes of the kernel's.
+	Kept bool
 	// Replace puts each entry in the place of what is there, file by file:
 	// written aside, then renamed over. Directories that are there keep their
 	// owner and mode.
@@ -66,11 +72,12 @@ func Clean(name string) (string, error) {
 
 // Extract unpacks the archive into dir, which must exist.
 func Extract(ctx context.Context, r io.Reader, dir string, opt Options) error {
-	root, err := os.OpenRoot(dir)
+	root, err := meta.Open(dir, opt.Kept)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
+	opt.Owner = opt.Owner || opt.Kept
 	x := extractor{root: root, opt: opt}
 	archive := tar.NewReader(r)
 	for {
@@ -101,7 +108,7 @@ func Extract(ctx context.Context, r io.Reader, dir string, opt Options) error {
 }
 
 type extractor struct {
-	root *os.Root
+	root meta.Root
 	opt  Options
 	dirs []dirTime
 }
@@ -241,15 +248,10 @@ func (x *extractor) regular(at string, hdr *tar.Header, body io.Reader) error {
 }
 
 func (x *extractor) node(at string, hdr *tar.Header) error {
-	parent, err := x.root.Open(path.Dir(at))
-	if err != nil {
-		return err
-	}
-	defer parent.Close()
 	kind := map[byte]uint32{tar.TypeChar: unix.S_IFCHR, tar.TypeBlock: unix.S_IFBLK, tar.TypeFifo: unix.S_IFIFO}[hdr.Typeflag]
 	device := unix.Mkdev(uint32(hdr.Devmajor), uint32(hdr.Devminor))
-	if err := unix.Mknodat(int(parent.Fd()), path.Base(at), kind|0o600, int(device)); err != nil {
-		return &fs.PathError{Op: "mknod", Path: at, Err: err}
+	if err := x.root.Mknod(at, kind|0o600, device); err != nil {
+		return err
 	}
 	return x.attributes(at, hdr)
 }
@@ -273,20 +275,12 @@ func (x *extractor) attributes(at string, hdr *tar.Header) error {
 	if x.opt.NoXattr {
 		return nil
 	}
-	var f *os.File
 	for _, key := range slices.Sorted(maps.Keys(hdr.PAXRecords)) {
 		attr, ok := strings.CutPrefix(key, xattrPrefix)
 		if !ok {
 			continue
 		}
-		if f == nil {
-			var err error
-			if f, err = x.root.OpenFile(at, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0); err != nil {
-				return err
-			}
-			defer f.Close()
-		}
-		if err := unix.Fsetxattr(int(f.Fd()), attr, []byte(hdr.PAXRecords[key]), 0); err != nil {
+		if err := x.root.SetXattr(at, attr, []byte(hdr.PAXRecords[key])); err != nil {
 			return fmt.Errorf("the file system keeps no attribute %s: %w", attr, err)
 		}
 	}
