@@ -39,6 +39,7 @@ func TestFromNothingToACluster(t *testing.T) {
 		{"a node reboots and comes back", (*site).testReboot},
 		{"a node whose power was cut comes back", (*site).testPowerCut},
 		{"stop leaves nothing", (*site).testStop},
+		{"an ordinary user's own cluster", (*site).testRootless},
 	} {
 		t.Run(step.name, func(t *testing.T) { step.test(s.in(t)) })
 	}

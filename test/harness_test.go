@@ -23,6 +23,7 @@ type site struct {
 	t   testing.TB
 	dir string
 	bin string
+	uid uint32 // who runs it; 0 is root
 }
 
 // newSite makes an empty site. Tests without QEMU or root are skipped with the
@@ -60,6 +61,10 @@ func (s *site) command(ctx context.Context, args ...string) *exec.Cmd {
 	}
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Dir = s.dir
+	if s.uid != 0 {
+		cmd.Env = append(os.Environ(), "HOME="+s.dir, "TMPDIR="+s.dir)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: s.uid, Gid: s.uid}}
+	}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 20 * time.Second
 	return cmd

@@ -107,7 +107,7 @@ func requireRoot(command string) error {
 	if os.Geteuid() == 0 {
 		return nil
 	}
-	return fmt.Errorf("'krgimage %s' must run as root: the shared root has files of root and of every user, and the NFS server takes the identity of each caller", command)
+	return fmt.Errorf("'krgimage %s' must run as root: it handles files of root and of every user as they are, and serving takes ports below 1024\n  fix: sudo; 'krgimage build' and 'krgimage trial' need no root", command)
 }
 
 // checkedImage opens the current image and compares it with its manifest, so

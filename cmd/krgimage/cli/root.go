@@ -75,7 +75,7 @@ func (a *app) openRoot(ctx context.Context, h *headNode, c configs.Cluster, stat
 // which nodes have it.
 func builtinRoot(h *headNode, c configs.Cluster, state string, o headOptions) (rootServer, error) {
 	r := rootServer{at: httpboot.HeadRoot(&c, "/")}
-	exports := []nfs.Export{{Path: "/", Dir: h.root.Dir}}
+	exports := []nfs.Export{{Path: "/", Dir: h.root.Dir, Kept: h.root.Kept}}
 	for _, e := range c.NFSRoot.Exports {
 		exports = append(exports, nfs.Export{Path: e.At, Dir: e.Path, ReadOnly: e.ReadOnly, RootSquash: e.Squash == "root"})
 		r.mounts = append(r.mounts, httpboot.Mount{Path: e.At, At: e.At, ReadOnly: e.ReadOnly})

@@ -19,6 +19,7 @@ import (
 	"krgimage/configs"
 	"krgimage/images"
 	"krgimage/images/progress"
+	"krgimage/nfsroot/live"
 	"krgimage/node/trial"
 )
 
@@ -46,11 +47,12 @@ func (a *app) trialCommand() *cobra.Command {
 		Short: "Boot a whole cluster in QEMU on this machine",
 		Long: `Boot QEMU machines from the network, as real ones would: DHCP, TFTP, HTTP and
 NFS come from a head node inside this process, over a network that exists only
-there. The host's network stays untouched, and no network privilege is needed.
-What is missing (cluster.yaml, the image) is made first.
+there. The host's network stays untouched. What is missing (cluster.yaml, the
+image) is made first.
 
-It must run as root for now, because the shared root holds files of root and of
-every user.
+It needs no privilege: run by an ordinary user, the shared root still has files
+of root and of every user, whose owners are kept beside them. Such a root stays
+with the user who made it; use another state directory for trials as root.
 
 The cluster runs until Ctrl-C; with --keep it goes on in the background until
 'krgimage trial stop'. Log in with 'krgimage ssh [node]', or with any ssh client
@@ -61,9 +63,6 @@ on the loopback ports that are printed.`,
   krgimage trial stop`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := requireRoot("trial"); err != nil {
-				return err
-			}
 			c, err := a.loadOrInit()
 			if err != nil {
 				return err
@@ -141,6 +140,9 @@ func (a *app) runTrial(ctx context.Context, c configs.Cluster, f trialFlags) err
 		return err
 	}
 	if err := refuseSecondTrial(ctx, state); err != nil {
+		return err
+	}
+	if err := live.Preflight(state); err != nil {
 		return err
 	}
 	style := f.style(a)

@@ -14,6 +14,7 @@ import (
 
 	"krgimage/configs"
 	"krgimage/images/progress"
+	"krgimage/nfsroot/live"
 	"krgimage/node/trial"
 )
 
@@ -22,6 +23,9 @@ import (
 func (a *app) keepTrial(ctx context.Context, c configs.Cluster, f trialFlags) error {
 	state, err := a.state()
 	if err != nil {
+		return err
+	}
+	if err := live.Preflight(state); err != nil {
 		return err
 	}
 	dir := trialDir(state)
