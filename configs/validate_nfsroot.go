@@ -21,6 +21,8 @@ var ownOptions = map[string]string{
 	"vers": "nodes use version 3", "nfsvers": "nodes use version 3", "v3": "nodes use version 3", "v4": "nodes use version 3",
 	"proto": "nodes use TCP", "udp": "nodes use TCP", "tcp": "nodes use TCP", "mountproto": "nodes use TCP",
 	"ro": "the root is always written to", "rw": "it is always set", "hard": "it is always set",
+	"nosuid": "the root has setuid programs", "noexec": "the root has programs", "nodev": "leave it out", "defaults": "leave it out",
+	"_netdev": "leave it out", "auto": "leave it out", "noauto": "leave it out", "bg": "nodes try for ever", "fg": "nodes try for ever", "retry": "nodes try for ever",
 	"soft": "a node must not lose its root", "softerr": "a node must not lose its root",
 }
 
