@@ -11,7 +11,10 @@
 // this module.
 package configs
 
-import "net/netip"
+import (
+	"net/netip"
+	"strconv"
+)
 
 // MaxNodeID is the highest node id: Kerrighed's id space with automatic ids is
 // 0..255, because an automatic id is the last byte of an IPv4 address.
@@ -117,7 +120,17 @@ type Node struct {
 
 // Service is the cluster service of the head node.
 type Service struct {
-	Store Store `yaml:"store" json:"store"`
+	Start string `yaml:"start" json:"start" jsonschema:"description=Which nodes join by themselves when they have booted: all or none (but for the first) or a number (of nodes that join in one step)."`
+	Store Store  `yaml:"store" json:"store"`
+}
+
+// Total is the number of nodes of Start; 0 if it is a word.
+func (s Service) Total() int {
+	n, err := strconv.Atoi(s.Start)
+	if err != nil {
+		return 0
+	}
+	return n
 }
 
 // Store says where the cluster's shared state is kept.

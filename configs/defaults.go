@@ -49,7 +49,7 @@ func Default() Cluster {
 		},
 		Boot:    Boot{BIOS: "ipxe", Chain: "auto"},
 		Nodes:   Nodes{Unknown: "discover", IDs: []string{"1-253"}, Table: []Node{}},
-		Cluster: Service{Store: Store{Kind: "embedded", Heads: []Head{}, URLs: []string{}}},
+		Cluster: Service{Start: "all", Store: Store{Kind: "embedded", Heads: []Head{}, URLs: []string{}}},
 		Users:   []User{{Name: "krg", UID: 1000}},
 		SSH:     SSH{Keys: []string{}},
 		Trial:   Trial{Nodes: 2, Memory: 512 << 20, CPUs: 1},

@@ -13,8 +13,14 @@ import (
 
 const store = "cluster.store"
 
-// store checks where the shared state is kept.
+// store checks the cluster service: who joins, and where the shared state is kept.
 func (k *checker) store() {
+	if start := k.c.Cluster.Start; start != "all" && start != "none" {
+		n := k.c.Cluster.Total()
+		if n < 1 || n > MaxNodeID+1 || strconv.Itoa(n) != start {
+			k.bad("cluster.start", quote(start)+" is not a choice here", fmt.Sprintf("all, none, or a number of nodes from 1 to %d", MaxNodeID+1))
+		}
+	}
 	s := k.c.Cluster.Store
 	k.enum(store+".kind", s.Kind, "embedded", "heads", "etcd")
 	for _, f := range []struct {

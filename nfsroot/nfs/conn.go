@@ -317,6 +317,17 @@ func (s *connSet) remove(c *conn) {
 	delete(s.open, c)
 }
 
+// drop closes the connections of a client.
+func (s *connSet) drop(client netip.Addr) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.open {
+		if c.peer == client {
+			c.nc.Close()
+		}
+	}
+}
+
 // sweep sets the clock and closes connections that have been at one thing for
 // too long.
 func (s *connSet) sweep(t time.Time) (now int64) {

@@ -94,6 +94,10 @@ func (s *Server) accept(ctx context.Context, ln net.Listener, g *errgroup.Group)
 	}
 }
 
+// Drop closes the connections of a client that is not welcome any more; whether it
+// may connect again is Config.Allow's to say.
+func (s *Server) Drop(client netip.Addr) { s.conns.drop(client) }
+
 func peerAddr(nc net.Conn) netip.Addr {
 	if a, isTCP := nc.RemoteAddr().(*net.TCPAddr); isTCP {
 		return a.AddrPort().Addr().Unmap()

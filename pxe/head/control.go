@@ -2,6 +2,7 @@ package head
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -15,9 +16,11 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
+	"krgimage/configs"
 	"krgimage/pxe/nodes"
 )
 
@@ -28,6 +31,8 @@ import (
 //	GET /v1/health       a Health
 //	GET /v1/nfs          the file server's counters
 //	GET /metrics         all counters in Prometheus form
+//	POST /v1/nodes/admit {"mac":"…"} or {"id":3}: lets a machine in; its nodes.Node
+//	POST /v1/nodes/revoke the same: locks it out
 //
 // It is a unix socket with mode 0600 in a directory with mode 0700.
 const controlName = "control.sock"
@@ -171,6 +176,8 @@ func (h *Head) serveControl(ctx context.Context, l net.Listener) error {
 			}
 		}
 	})
+	mux.HandleFunc("POST /v1/nodes/admit", h.byHand(h.Admit))
+	mux.HandleFunc("POST /v1/nodes/revoke", h.byHand(h.Revoke))
 	server := &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 10 * time.Second,
@@ -184,6 +191,28 @@ func (h *Head) serveControl(ctx context.Context, l net.Listener) error {
 		return err
 	}
 	return nil
+}
+
+// machineRequest names a machine: by MAC or, if that is empty, by id.
+type machineRequest struct {
+	MAC configs.MAC `json:"mac,omitempty"`
+	ID  int         `json:"id"`
+}
+
+func (h *Head) byHand(do func(context.Context, configs.MAC, int) (nodes.Node, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var request machineRequest
+		err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<10)).Decode(&request)
+		var n nodes.Node
+		if err == nil {
+			n, err = do(r.Context(), request.MAC, request.ID)
+		}
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		writeJSON(w, n)
+	}
 }
 
 func writeJSON(w http.ResponseWriter, v any) {
@@ -227,6 +256,40 @@ func (c *Client) Close() error {
 func (c *Client) Nodes(ctx context.Context) ([]nodes.Node, error) {
 	var all []nodes.Node
 	return all, c.get(ctx, "/v1/nodes", &all)
+}
+
+// Admit lets a machine in, by its MAC or, if that is empty, by its id.
+func (c *Client) Admit(ctx context.Context, mac configs.MAC, id int) (nodes.Node, error) {
+	return c.byHand(ctx, "/v1/nodes/admit", machineRequest{mac, id})
+}
+
+// Revoke locks a machine out, by its MAC or, if that is empty, by its id.
+func (c *Client) Revoke(ctx context.Context, mac configs.MAC, id int) (nodes.Node, error) {
+	return c.byHand(ctx, "/v1/nodes/revoke", machineRequest{mac, id})
+}
+
+func (c *Client) byHand(ctx context.Context, path string, request machineRequest) (n nodes.Node, err error) {
+	body, err := json.Marshal(request)
+	if err != nil {
+		return n, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://head"+path, bytes.NewReader(body))
+	if err != nil {
+		return n, err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return n, fmt.Errorf("head node: %w", err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		text, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
+		return n, errors.New(strings.TrimSpace(string(text)))
+	}
+	if err := json.NewDecoder(resp.Body).Decode(&n); err != nil {
+		return n, fmt.Errorf("head node: %s: %w", path, err)
+	}
+	return n, nil
 }
 
 // Health says which services are up.

@@ -1,5 +1,5 @@
-// Package head is the head node: DHCP, TFTP, HTTP, NFS and the answer to IPv6
-// router solicitations, in one process under one context.
+// Package head is the head node: DHCP, TFTP, HTTP, NFS, the answer to IPv6 router
+// solicitations and the cluster service, in one process under one context.
 //
 //	firmware ─ DHCP ─ TFTP (loader) ─ HTTP (script, kernel, initramfs) ─ stage 1 ─ HTTP (settings, stages) ─ NFS (root)
 //
@@ -26,6 +26,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
 
@@ -97,6 +98,8 @@ type Head struct {
 	log    *slog.Logger
 	nodes  *nodes.Registry
 	health health
+
+	members atomic.Pointer[members] // nil before Run has opened them
 }
 
 // Run is New and Head.Run in one.
@@ -145,7 +148,7 @@ type service struct {
 // written. It calls onReady (if not nil) once all services listen. The first
 // service that fails ends the others, and its error is returned.
 func (h *Head) Run(ctx context.Context, onReady func()) error {
-	services, closeAll, err := h.listen()
+	services, closeAll, err := h.listen(ctx)
 	if err != nil {
 		closeAll()
 		return err
@@ -187,7 +190,7 @@ func (h *Head) Run(ctx context.Context, onReady func()) error {
 
 // listen opens every socket. The returned function closes what is open; it may
 // be called at any time.
-func (h *Head) listen() (services []service, closeAll func(), err error) {
+func (h *Head) listen(ctx context.Context) (services []service, closeAll func(), err error) {
 	var open []io.Closer
 	closeAll = func() {
 		for _, c := range slices.Backward(open) {
@@ -217,10 +220,23 @@ func (h *Head) listen() (services []service, closeAll func(), err error) {
 	}
 	open = append(open, web)
 
+	inside := func(l net.Listener) net.Listener { return subnetListener{l, c.Network.Subnet, h.log} }
+	clusterListener, err := network.ListenTCP(c.Network.ClusterPort)
+	if err != nil {
+		return nil, closeAll, fmt.Errorf("cluster service (network.cluster_port): %w", err)
+	}
+	open = append(open, clusterListener)
+	m, err := h.openMembers(ctx)
+	if err != nil {
+		return nil, closeAll, err
+	}
+	open = append(open, m)
+	h.members.Store(m)
+
 	dhcpServer := dhcp.New(dhcp.Config{Cluster: *c, Nodes: h.nodes, Root: h.cfg.Root.String(), Log: h.cfg.Log})
 	tftpServer := h.tftp()
 	webServer := httpboot.New(httpboot.Config{
-		Cluster: *c, Nodes: h.nodes, Log: h.cfg.Log, Root: h.cfg.Root, Mounts: h.cfg.Mounts,
+		Cluster: *c, Nodes: h.nodes, Admission: m.desk, Log: h.cfg.Log, Root: h.cfg.Root, Mounts: h.cfg.Mounts,
 		Kernel: h.cfg.Image.Kernel, Initramfs: h.cfg.Image.Initramfs, Loaders: h.cfg.Image.loaders(),
 	})
 	services = []service{
@@ -234,8 +250,7 @@ func (h *Head) listen() (services []service, closeAll func(), err error) {
 			return nil, closeAll, fmt.Errorf("NFS (network.nfs_port): %w", err)
 		}
 		open = append(open, l)
-		inside := subnetListener{l, c.Network.Subnet, h.log}
-		services = append(services, service{name: "nfs", run: func(ctx context.Context) error { return h.cfg.NFS.Serve(ctx, inside) }})
+		services = append(services, service{name: "nfs", run: func(ctx context.Context) error { return h.cfg.NFS.Serve(ctx, inside(l)) }})
 	}
 	if h.cfg.Locks != nil {
 		lockServices, sockets, err := h.listenLocks()
@@ -245,6 +260,7 @@ func (h *Head) listen() (services []service, closeAll func(), err error) {
 		}
 		services = append(services, lockServices...)
 	}
+	services = append(services, m.services(inside(clusterListener))...)
 	services = append(services,
 		service{name: "ra", run: network.RouterAdvertisements, optional: true},
 		// DHCP last: it invites the nodes.

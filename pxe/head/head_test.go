@@ -125,7 +125,7 @@ func TestControl(t *testing.T) {
 			}
 			defer c.Close()
 			health, err := c.Health(t.Context())
-			if err != nil || !health.OK || len(health.Services) != 7 || health.Services["nfs"] != "up" {
+			if err != nil || !health.OK || len(health.Services) != 10 || health.Services["nfs"] != "up" {
 				t.Errorf("health %+v, %v", health, err)
 			}
 			var stats struct{ Open int }

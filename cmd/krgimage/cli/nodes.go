@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -56,6 +57,7 @@ first packet of that boot. Works while 'serve' or 'trial' runs.`,
 			return printNodes(a.Out, list)
 		},
 	}
+	cmd.AddCommand(a.admitCommand(), a.revokeCommand())
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON (with --follow one object a line)")
 	cmd.Flags().BoolVarP(&timeline, "timeline", "t", false, "show every stage of the last boot")
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "keep showing what changes")
@@ -102,7 +104,11 @@ func printNodes(out io.Writer, list []nodes.Node) error {
 	fmt.Fprintln(w, "NODE\tHOSTNAME\tADDRESS\tMAC\tSTAGE\tTIME\tDETAIL")
 	for _, n := range list {
 		stage, took, detail := lastStage(n)
-		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", n.ID, n.Hostname, n.Address, n.MAC, stage, took, detail)
+		id, address := fmt.Sprint(n.ID), n.Address.String()
+		if n.ID == nodes.NoID {
+			id, address = "-", "-"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", id, cmp.Or(n.Hostname, "-"), address, n.MAC, stage, took, detail)
 	}
 	return w.Flush()
 }
@@ -125,6 +131,12 @@ func printTimelines(out io.Writer, list []nodes.Node) error {
 // lastStage is how far a machine is: the stage, the time from the first packet
 // of its boot to it, and the stage's detail.
 func lastStage(n nodes.Node) (stage, took, detail string) {
+	switch n.Admission {
+	case nodes.Waiting:
+		return "waiting", "", "krgimage nodes admit " + string(n.MAC)
+	case nodes.Revoked:
+		return "revoked", "", ""
+	}
 	if n.Boot == nil || len(n.Boot.Events) == 0 {
 		return "never booted", "", ""
 	}
