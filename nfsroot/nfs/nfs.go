@@ -81,6 +81,10 @@ type Config struct {
 	// Allow decides who may connect; nil lets everyone in. It is asked once a
 	// connection, with an address that is never an IPv4-mapped IPv6 one.
 	Allow func(netip.Addr) bool
+	// PrivilegedPorts refuses connections from ports above 1023. On a node only
+	// root can use the others, and who a request comes from is what the client
+	// says (AUTH_SYS): without this, any user of a node could say to be root.
+	PrivilegedPorts bool
 	// MaxConns bounds the open connections; 0 means 512.
 	MaxConns int
 	// MaxFiles bounds the files kept open between requests; 0 means 4096, or
@@ -102,17 +106,18 @@ type Export struct {
 
 // Server serves its exports. Its methods may be called from any goroutine.
 type Server struct {
-	log     *slog.Logger
-	allow   func(netip.Addr) bool
-	key     []byte
-	macs    sync.Pool // of hash.Hash; see mac
-	exports []*export // longest path first
-	files   *fileCache
-	threads *threadPool
-	replays *replayCache
-	births  births
-	count   counters
-	conns   *connSet
+	log      *slog.Logger
+	allow    func(netip.Addr) bool
+	lowPorts bool // refuse clients on ports above 1023
+	key      []byte
+	macs     sync.Pool // of hash.Hash; see mac
+	exports  []*export // longest path first
+	files    *fileCache
+	threads  *threadPool
+	replays  *replayCache
+	births   births
+	count    counters
+	conns    *connSet
 
 	maxConns int64
 	memory   *semaphore.Weighted // bytes of requests and replies being worked on
@@ -148,6 +153,7 @@ func New(cfg Config) (_ *Server, err error) {
 	s := &Server{
 		log:      cfg.Log,
 		allow:    cfg.Allow,
+		lowPorts: cfg.PrivilegedPorts,
 		key:      append([]byte(nil), cfg.HandleKey...),
 		maxConns: int64(cfg.MaxConns),
 		memory:   semaphore.NewWeighted(serverMemory),

@@ -321,3 +321,42 @@ func FuzzRecord(f *testing.F) {
 		}
 	})
 }
+
+// A program of an ordinary user can't take a port below 1024, and so can't say
+// to be root.
+func TestPrivilegedPorts(t *testing.T) {
+	needRoot(t)
+	s, err := New(Config{Exports: []Export{testExport(t, t.TempDir())}, HandleKey: testKey, PrivilegedPorts: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	served := make(chan error)
+	go func() { served <- s.Serve(ctx, ln) }()
+	defer func() { cancel(); <-served }()
+
+	dial(t, ln.Addr().String(), 0, 0).closed()
+	for port := 1023; ; port-- {
+		nc, err := (&net.Dialer{LocalAddr: &net.TCPAddr{Port: port}}).Dial("tcp", ln.Addr().String())
+		if errors.Is(err, unix.EADDRINUSE) && port > 600 {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		c := &client{t: t, nc: nc, r: bufio.NewReader(nc)}
+		if _, st := c.mount("/"); st != ok {
+			t.Errorf("from port %d: status %d", port, st)
+		}
+		break
+	}
+	if n := s.Stats().Refused; n != 1 {
+		t.Errorf("%d refused", n)
+	}
+}

@@ -78,6 +78,12 @@ func (s *Server) accept(ctx context.Context, ln net.Listener, g *errgroup.Group)
 			nc.Close()
 			continue
 		}
+		if a, isTCP := nc.RemoteAddr().(*net.TCPAddr); s.lowPorts && isTCP && a.Port >= privilegedPorts {
+			s.count.refused.Add(1)
+			s.log.Warn("connection refused: it comes from a port that any user of the machine may use", "peer", c.peer, "port", a.Port)
+			nc.Close()
+			continue
+		}
 		if s.count.open.Add(1) > s.maxConns {
 			s.count.open.Add(-1)
 			s.count.refused.Add(1)
@@ -97,6 +103,9 @@ func (s *Server) accept(ctx context.Context, ln net.Listener, g *errgroup.Group)
 // Drop closes the connections of a client that is not welcome any more; whether it
 // may connect again is Config.Allow's to say.
 func (s *Server) Drop(client netip.Addr) { s.conns.drop(client) }
+
+// privilegedPorts is where the ports begin that programs of any user may use.
+const privilegedPorts = 1024
 
 func peerAddr(nc net.Conn) netip.Addr {
 	if a, isTCP := nc.RemoteAddr().(*net.TCPAddr); isTCP {

@@ -35,6 +35,10 @@ const (
 	tcgLimit = 60 * time.Second
 )
 
+// Hardware says whether the machine's processor runs the guests' code, rather
+// than an emulation of one.
+func (a Accel) Hardware() bool { return a.Name == kvm.Name }
+
 // Probe finds the accelerator by running a guest that goes through the
 // firmware, protected mode, paging and long mode. That /dev/kvm can be opened
 // says too little: it may hang there, or take minutes.
