@@ -62,7 +62,9 @@ func TestFilter(t *testing.T) {
 		// The test machine reads big-endian, the kernel's the machine's own order:
 		// each word is laid out for it.
 		data := make([]byte, 64)
-		put := func(off int, v uint32) { data[off], data[off+1], data[off+2], data[off+3] = byte(v>>24), byte(v>>16), byte(v>>8), byte(v) }
+		put := func(off int, v uint32) {
+			data[off], data[off+1], data[off+2], data[off+3] = byte(v>>24), byte(v>>16), byte(v>>8), byte(v)
+		}
 		put(offNr, uint32(tc.nr))
 		put(offArch, auditX8664)
 		for i, a := range tc.args {
