@@ -24,8 +24,13 @@ type Mount struct {
 	Locks     bool       `json:"locks,omitempty"`      // flock and fcntl hold between the nodes
 }
 
-// options hold for every node's root.
-var options = []string{"vers=3", "proto=tcp", "mountproto=tcp", "mountvers=3", "hard"}
+// options hold for every node's root. The last line is for coherence: a node
+// asks for the attributes of a file whenever it needs them, trusts what it knows
+// of a directory for a second, and never trusts that a name is missing.
+var options = []string{
+	"vers=3", "proto=tcp", "mountproto=tcp", "mountvers=3", "hard",
+	"acregmin=0", "acregmax=0", "acdirmin=1", "acdirmax=1", "lookupcache=positive",
+}
 
 // String is the source of mount(2).
 func (m Mount) String() string { return m.Server.String() + ":" + m.Path }

@@ -31,7 +31,7 @@ func TestRootSource(t *testing.T) {
 	withPath := l
 	withPath.RootPath = "10.0.0.7:/export,rsize=4096"
 	head := &settings.Settings{NFS: settings.NFS{Server: "10.0.0.5", Port: 2050, Path: "/live"}}
-	const base = "vers=3,proto=tcp,mountproto=tcp,mountvers=3,hard,nolock"
+	const base = "vers=3,proto=tcp,mountproto=tcp,mountvers=3,hard,acregmin=0,acregmax=0,acdirmin=1,acdirmax=1,lookupcache=positive,nolock"
 	for _, tc := range []struct {
 		name, line string
 		head       *settings.Settings
