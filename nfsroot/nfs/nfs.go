@@ -51,6 +51,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/google/renameio/v2"
 	"golang.org/x/sync/semaphore"
@@ -125,6 +126,7 @@ type Server struct {
 	// writeVerf changes when unstable writes may have been lost: at start, and
 	// after a failed COMMIT (RFC 1813 section 3.3.7, writeverf3).
 	writeVerf atomic.Uint64
+	started   time.Time
 
 	closeOnce sync.Once
 }
@@ -172,6 +174,7 @@ func New(cfg Config) (_ *Server, err error) {
 	var verf [8]byte
 	rand.Read(verf[:])
 	s.writeVerf.Store(binary.BigEndian.Uint64(verf[:]))
+	s.started = time.Now()
 
 	defer func() {
 		if err != nil {

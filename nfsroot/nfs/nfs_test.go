@@ -101,6 +101,59 @@ func TestExclusiveCreate(t *testing.T) {
 	}
 }
 
+// TestExclusiveCreateCutShort: the server died between making the file and
+// giving it the verifier.
+func TestExclusiveCreateCutShort(t *testing.T) {
+	if kept() {
+		t.Skip("makes the file as its owner")
+	}
+	dir := t.TempDir()
+	for _, name := range []string{"lock", "used"} {
+		file := filepath.Join(dir, name)
+		if err := unix.Mknod(file, unix.S_IFREG, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chown(file, 1000, 1000); err != nil {
+			t.Fatal(err)
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(file, &st); err != nil {
+			t.Fatal(err)
+		}
+		// The times are those of the making; chown has moved one on.
+		for st.Mtim != st.Ctim || st.Atim != st.Ctim {
+			if err := unix.UtimesNanoAt(unix.AT_FDCWD, file, nil, 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := unix.Stat(file, &st); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := os.Chmod(filepath.Join(dir, "used"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(20 * time.Millisecond) // a tick of the clock that stamps files
+	_, addr, _ := serve(t, Export{Path: "/", Dir: dir})
+	c := connect(t, addr, "/", 1000, 1000)
+	other := connect(t, addr, "/", 1001, 1001)
+	if _, _, st := other.exclusive(other.root, "lock", 7); st != errExist {
+		t.Errorf("by another user: %d", st)
+	}
+	if _, _, st := c.exclusive(c.root, "used", 8); st != errExist {
+		t.Errorf("a file that was finished: %d", st)
+	}
+	if _, _, st := c.exclusive(c.root, "lock", 8); st != ok {
+		t.Errorf("repeated: %d", st)
+	}
+	if _, _, st := c.exclusive(c.root, "lock", 9); st != errExist {
+		t.Errorf("a second one: %d", st)
+	}
+	if _, _, st := c.exclusive(c.root, "lock", 8); st != ok {
+		t.Errorf("repeated again: %d", st)
+	}
+}
+
 func TestSpecialFiles(t *testing.T) {
 	dir := t.TempDir()
 	_, addr, _ := serve(t, Export{Path: "/", Dir: dir})

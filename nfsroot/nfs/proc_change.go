@@ -144,13 +144,35 @@ func (c *call) createExisting(dir *file, name string, a *sattr, how uint32) (*fi
 		if attr.Size == 0 && f.kind() == kindReg && attr.Atim == a.atimeTo && attr.Mtim == a.mtimeTo {
 			return f, ok
 		}
-		return nil, errExist
+		if f.kind() != kindReg || !c.cutShort(&attr) {
+			return nil, errExist
+		}
+		// Whoever comes first makes it his; the verifier tells the others.
+		times := sattr{atime: a.atime, mtime: a.mtime, atimeTo: a.atimeTo, mtimeTo: a.mtimeTo}
+		mine := true
+		st = c.setAttributes(f, &times, new(wcc), func(now *unix.Stat_t) bool {
+			mine = c.cutShort(now)
+			return mine
+		})
+		if !mine {
+			return nil, errExist
+		}
+		return f, st
 	}
 	if a.hasSize && f.kind() == kindReg {
 		size := sattr{hasSize: true, size: a.size}
 		st = c.setAttributes(f, &size, new(wcc), func(*unix.Stat_t) bool { return true })
 	}
 	return f, st
+}
+
+// cutShort says whether a file is what an EXCLUSIVE CREATE of the caller leaves
+// when the server dies between making the file and giving it the verifier: no
+// mode, no content, untouched since it was made, before this server started. The
+// client repeats the call and must not be told that somebody else has the name.
+func (c *call) cutShort(attr *unix.Stat_t) bool {
+	return attr.Mode&0o7777 == 0 && attr.Size == 0 && attr.Uid == c.id.uid &&
+		attr.Atim == attr.Ctim && attr.Mtim == attr.Ctim && attr.Ctim.Nano() < c.srv.started.UnixNano()
 }
 
 func (c *call) mkdir(d *decoder, e *buffer) bool {
