@@ -70,8 +70,6 @@ func (c *conn) serve(ctx context.Context) {
 	// Requests that were read are finished whatever happens to the context: a
 	// client that got no answer would repeat them, to another server process.
 	defer c.work.Wait()
-	c.srv.conns.add(c)
-	defer c.srv.conns.remove(c)
 	stop := context.AfterFunc(ctx, func() { c.nc.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	defer c.flush()
@@ -305,16 +303,42 @@ func newConnSet() *connSet {
 // now is a clock that is only as fine as the sweeps, but free.
 func (s *connSet) now() int64 { return s.clock.Load() }
 
-func (s *connSet) add(c *conn) {
+// clientConns bounds the open connections of one address: the largest nconnect=
+// of the Linux client (16) for a few mounts, and what a broken network left.
+const clientConns = 128
+
+// add takes a connection, unless its address has too many.
+func (s *connSet) add(c *conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	same := 0
+	for other := range s.open {
+		if other.peer == c.peer {
+			same++
+		}
+	}
+	if same >= clientConns {
+		return false
+	}
 	s.open[c] = struct{}{}
+	return true
 }
 
 func (s *connSet) remove(c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.open, c)
+}
+
+// peers are the addresses that have connections.
+func (s *connSet) peers() map[netip.Addr]int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	count := map[netip.Addr]int{}
+	for c := range s.open {
+		count[c.peer]++
+	}
+	return count
 }
 
 // drop closes the connections of a client.

@@ -79,8 +79,9 @@ type Config struct {
 	HandleKey []byte
 	// Log gets connections, refusals and internal errors; nil discards.
 	Log *slog.Logger
-	// Allow decides who may connect; nil lets everyone in. It is asked once a
-	// connection, with an address that is never an IPv4-mapped IPv6 one.
+	// Allow decides who may connect; nil lets everyone in. It is asked at
+	// each connection and every few seconds while one is open, with an address
+	// that is never an IPv4-mapped IPv6 one.
 	Allow func(netip.Addr) bool
 	// PrivilegedPorts refuses connections from ports above 1023. On a node only
 	// root can use the others, and who a request comes from is what the client

@@ -40,11 +40,27 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 				return nil
 			case now := <-tick.C:
 				s.files.sweep(s.conns.sweep(now))
+				s.expel()
 			}
 		}
 	})
 	g.Go(func() error { return s.accept(ctx, ln, g) })
 	return g.Wait()
+}
+
+// expel closes the connections of addresses that are no longer admitted.
+func (s *Server) expel() {
+	if s.allow == nil {
+		return
+	}
+	for peer, n := range s.conns.peers() {
+		if s.allow(peer) {
+			continue
+		}
+		s.log.Warn("connections closed: address no longer admitted", "peer", peer, "connections", n)
+		s.count.refused.Add(uint64(n))
+		s.conns.drop(peer)
+	}
 }
 
 func (s *Server) accept(ctx context.Context, ln net.Listener, g *errgroup.Group) error {
@@ -91,9 +107,17 @@ func (s *Server) accept(ctx context.Context, ln net.Listener, g *errgroup.Group)
 			nc.Close()
 			continue
 		}
+		if !s.conns.add(c) {
+			s.count.open.Add(-1)
+			s.count.refused.Add(1)
+			s.log.Warn("connection refused: too many of this address", "peer", c.peer, "limit", clientConns)
+			nc.Close()
+			continue
+		}
 		s.count.accepted.Add(1)
 		g.Go(func() error {
 			defer s.count.open.Add(-1)
+			defer s.conns.remove(c)
 			c.serve(ctx)
 			return nil
 		})
