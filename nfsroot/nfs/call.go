@@ -62,6 +62,7 @@ type call struct {
 	failed bool     // the answer's status is not OK
 	nowait bool     // give up what would have to wait for a disk ...
 	again  bool     // ... and say so: nothing was done, and the reply is void
+	redo   bool     // a process that was killed may have done the call: done already is done
 
 	held   []*file // released at the end
 	locked []*file // whose change lock is held

@@ -87,6 +87,10 @@ type Config struct {
 	// root can use the others, and who a request comes from is what the client
 	// says (AUTH_SYS): without this, any user of a node could say to be root.
 	PrivilegedPorts bool
+	// ReplayLog is a file in which the server notes the calls that can't be done
+	// twice, so that a client that repeats one after the server was killed gets
+	// the answer to the first. Empty: they are forgotten with the process.
+	ReplayLog string
 	// MaxConns bounds the open connections; 0 means 512.
 	MaxConns int
 	// MaxFiles bounds the files kept open between requests; 0 means 4096, or
@@ -161,7 +165,6 @@ func New(cfg Config) (_ *Server, err error) {
 		maxConns: int64(cfg.MaxConns),
 		memory:   semaphore.NewWeighted(serverMemory),
 		threads:  newThreadPool(maxThreads),
-		replays:  newReplayCache(maxReplays),
 		conns:    newConnSet(),
 	}
 	if s.log == nil {
@@ -171,6 +174,13 @@ func New(cfg Config) (_ *Server, err error) {
 	if s.maxConns <= 0 {
 		s.maxConns = 512
 	}
+	var replays *replayLog
+	if cfg.ReplayLog != "" {
+		if replays, err = openReplayLog(cfg.ReplayLog, maxReplays); err != nil {
+			return nil, err
+		}
+	}
+	s.replays = newReplayCache(maxReplays, replays)
 	s.files = newFileCache(s, maxFiles(cfg.MaxFiles))
 	var verf [8]byte
 	rand.Read(verf[:])
@@ -324,6 +334,9 @@ func (s *Server) Close() error {
 			unix.Close(x.clone)
 		}
 		s.threads.close()
+		if s.replays != nil && s.replays.log != nil {
+			s.replays.log.close()
+		}
 	})
 	return nil
 }

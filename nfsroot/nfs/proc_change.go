@@ -2,6 +2,7 @@ package nfs
 
 import (
 	"encoding/binary"
+	"errors"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,7 +26,7 @@ func (c *call) setattr(d *decoder, e *buffer) bool {
 	}
 	if st == ok {
 		st = c.setAttributes(f, &a, &w, func(now *unix.Stat_t) bool {
-			return !guarded || uint32(now.Ctim.Sec) == uint32(guard.Sec) && now.Ctim.Nsec == guard.Nsec
+			return !guarded || c.redo || uint32(now.Ctim.Sec) == uint32(guard.Sec) && now.Ctim.Nsec == guard.Nsec
 		})
 	}
 	e.u32(uint32(c.note(st)))
@@ -98,7 +99,11 @@ func (c *call) createFile(d *decoder, e *buffer) bool {
 	if d.bad {
 		return false
 	}
-	return c.make(e, wire, name, &a, func(dir *file, dirfd int) (*file, status) {
+	again := kindReg
+	if how == createExclusive {
+		again = 0 // the verifier says whose file it is
+	}
+	return c.make(e, wire, name, &a, again, func(dir *file, dirfd int) (*file, status) {
 		// A file may come and go between the two attempts; not for ever.
 		for range 8 {
 			f, st := c.createNew(dir, dirfd, name, &a)
@@ -181,7 +186,7 @@ func (c *call) mkdir(d *decoder, e *buffer) bool {
 		return false
 	}
 	mode := a.takeMode(0o777)
-	return c.make(e, wire, name, &a, func(dir *file, dirfd int) (*file, status) {
+	return c.make(e, wire, name, &a, kindDir, func(dir *file, dirfd int) (*file, status) {
 		return c.node(dir, dirfd, name, &a, &newNode{k: kindDir, mode: mode})
 	})
 }
@@ -192,7 +197,7 @@ func (c *call) symlink(d *decoder, e *buffer) bool {
 		return false
 	}
 	a.takeMode(0)
-	return c.make(e, wire, name, &a, func(dir *file, dirfd int) (*file, status) {
+	return c.make(e, wire, name, &a, kindLink, func(dir *file, dirfd int) (*file, status) {
 		if len(target) >= unix.PathMax {
 			return nil, errNameTooLong
 		}
@@ -222,7 +227,7 @@ func (c *call) mknod(d *decoder, e *buffer) bool {
 		return false
 	}
 	mode := a.takeMode(0o666)
-	return c.make(e, wire, name, &a, func(dir *file, dirfd int) (*file, status) {
+	return c.make(e, wire, name, &a, k, func(dir *file, dirfd int) (*file, status) {
 		if k == 0 {
 			return nil, errBadType
 		}
@@ -261,8 +266,9 @@ func (c *call) node(dir *file, dirfd int, name string, a *sattr, n *newNode) (*f
 }
 
 // make is the frame of the four procedures that make a file: it checks the
-// arguments, brackets the change of the directory and encodes the answer.
-func (c *call) make(e *buffer, wire []byte, name string, a *sattr, mk func(dir *file, dirfd int) (*file, status)) bool {
+// arguments, brackets the change of the directory and encodes the answer. k is
+// what a call that is done again may find there.
+func (c *call) make(e *buffer, wire []byte, name string, a *sattr, k kind, mk func(dir *file, dirfd int) (*file, status)) bool {
 	var w wcc
 	var f *file
 	dir, st := c.dir(wire)
@@ -277,6 +283,9 @@ func (c *call) make(e *buffer, wire []byte, name string, a *sattr, mk func(dir *
 		if st = statusOf(err); st == ok {
 			c.begin(&w, dir)
 			f, st = mk(dir, dirfd)
+			if st == errExist && c.redo {
+				f, st = c.made(dir, name, k)
+			}
 			c.done(&w)
 		}
 	}
@@ -288,6 +297,19 @@ func (c *call) make(e *buffer, wire []byte, name string, a *sattr, mk func(dir *
 	}
 	e.wccData(&w)
 	return true
+}
+
+// made finds what a call that is done again has made the first time.
+func (c *call) made(dir *file, name string, k kind) (*file, status) {
+	var dirAttr, attr unix.Stat_t
+	if err := dir.stat(&dirAttr); err != nil {
+		return nil, statusOf(err)
+	}
+	f, st := c.child(dir, &dirAttr, name, &attr)
+	if st == ok && (f.kind() != k || attr.Uid != c.as(dir.x).uid) {
+		st = errExist
+	}
+	return f, st
 }
 
 func (c *call) removeFile(d *decoder, e *buffer) bool { return c.remove(d, e, 0, errInval) }
@@ -315,6 +337,9 @@ func (c *call) remove(d *decoder, e *buffer, flags int, dotdot status) bool {
 			c.begin(&w, dir)
 			h, herr := dir.handleOf(dirfd, name)
 			err = c.unlink(dir, dirfd, name, flags)
+			if c.redo && errors.Is(err, unix.ENOENT) {
+				err = nil
+			}
 			c.done(&w)
 			if err == nil && herr == nil {
 				c.srv.files.forget(dir.x, h)
@@ -369,6 +394,9 @@ func (c *call) renameAt(fromDir *file, fromName string, toDir *file, toName stri
 	c.begin2(from, to, fromDir, toDir)
 	victim, verr := toDir.handleOf(toFD, toName)
 	err = c.renameTo(fromDir, fromFD, fromName, toDir, toFD, toName)
+	if c.redo && errors.Is(err, unix.ENOENT) && verr == nil {
+		err = nil
+	}
 	moved, merr := toDir.handleOf(toFD, toName)
 	c.done2(from, to)
 	if err == nil && verr == nil && merr == nil && victim != moved {
@@ -404,6 +432,11 @@ func (c *call) link(d *decoder, e *buffer) bool {
 			if dirfd, err = dir.fd(); err == nil {
 				c.begin(&w, dir)
 				err = c.linkTo(f, fd, dir, dirfd, name)
+				if c.redo && errors.Is(err, unix.EEXIST) {
+					if h, herr := dir.handleOf(dirfd, name); herr == nil && h == f.h {
+						err = nil
+					}
+				}
 				c.done(&w)
 			}
 		}

@@ -182,7 +182,8 @@ func (s *Server) answer(q *call, peer netip.Addr, h *callHeader, d *decoder, e *
 	pc := &counts[h.proc]
 	q.reset(s, h.id)
 	if p.once {
-		entry, first := s.replays.begin(peer, h, d.b)
+		entry, first, redo := s.replays.begin(peer, h, d.b)
+		q.redo = redo
 		if !first {
 			// The same call again, after a broken connection: the same answer,
 			// for doing it twice would give another.

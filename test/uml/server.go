@@ -162,7 +162,7 @@ func serve(config string, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	s, err := nfs.New(nfs.Config{Exports: cfg.Exports, HandleKey: key, Log: log, PrivilegedPorts: true})
+	s, err := nfs.New(nfs.Config{Exports: cfg.Exports, HandleKey: key, Log: log, PrivilegedPorts: true, ReplayLog: filepath.Join(cfg.State, "replays")})
 	if err != nil {
 		return err
 	}

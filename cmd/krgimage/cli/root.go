@@ -90,7 +90,7 @@ func builtinRoot(h *headNode, c configs.Cluster, state string, o headOptions) (r
 		_, known := h.Nodes().ByAddress(addr)
 		return known
 	}
-	server, err := nfs.New(nfs.Config{Exports: exports, HandleKey: key, Log: o.log, Allow: admitted, PrivilegedPorts: true})
+	server, err := nfs.New(nfs.Config{Exports: exports, HandleKey: key, Log: o.log, Allow: admitted, PrivilegedPorts: true, ReplayLog: filepath.Join(state, "head", "nfs.replays")})
 	if err != nil {
 		return r, err
 	}
