@@ -67,24 +67,15 @@ func (s *site) run(t *testing.T, w work) {
 			t.Skip(err)
 		}
 	}
-	for attempt := 1; ; attempt++ {
-		dir := filepath.Join(s.dir, fmt.Sprintf("%s-%d", w.name, attempt))
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		w.prepare(t, dir)
-		err := s.attempt(t, w, dir)
-		if err == nil {
-			w.check(t, s, dir)
-			return
-		}
-		// The one thing that a program may notice (docs/nfs.md): its rename, link
-		// or mkdir was done when the server died, but not answered.
-		if attempt == 3 || !strings.Contains(err.Error(), "File exists") && !strings.Contains(err.Error(), "No such file or directory") {
-			t.Fatal(err)
-		}
-		t.Logf("once more, since a call may have been done twice: %v", err)
+	dir := filepath.Join(s.dir, w.name)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
 	}
+	w.prepare(t, dir)
+	if err := s.attempt(t, w, dir); err != nil {
+		t.Fatal(err)
+	}
+	w.check(t, s, dir)
 }
 
 // onNodes is where the nodes have a directory of the served tree.
